@@ -1,0 +1,316 @@
+"""The public functions. A warm call is: one key, one dict lookup, the output's allocation, one launch a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mla_jit import plan, target
+from mla_jit.dtypes import DTYPES
+from mla_jit.errors import InvalidInput
+from mla_jit.launch.base import Bound
+from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
+from mla_jit.plan import Dispatch, Executable, Support
+from mla_jit.problem import DecodeProblem, Problem
+from mla_jit.target import Target
+
+_OPERANDS = (
+    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse",
+    "workspace",
+)  # fmt: skip
+_OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
+_MOST = 16384  # call signatures kept
+
+
+class _Call(NamedTuple):
+    """A call signature, bound: what the warm path needs and nothing else."""
+
+    bound: Bound | None  # None: nothing to compute, or a host variant
+    spec: tuple[tuple[int, int], ...]  # of each pointer: which operand, plus how many bytes
+    floats: tuple[float, ...]
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    lse: bool
+    workspace_bytes: int
+    device: int
+    stream_of: Any  # device index -> the raw handle of its current stream
+    dispatch: Dispatch
+    executable: Executable
+
+
+_calls: dict[tuple[Any, ...], _Call] = {}
+_workspaces: dict[tuple[int, int], Tensor] = {}
+_last: Dispatch | None = None
+
+
+def decode(
+    q: Tensor | tuple[Tensor, Tensor], kv_cache: Tensor | tuple[Tensor, Tensor], *, kv_lora_rank: int, sm_scale: float,
+    block_table: Tensor | None = None, seq_lens: Tensor | None = None, kv_indptr: Tensor | None = None,
+    kv_indices: Tensor | None = None, kv_last_page_lens: Tensor | None = None, qo_indptr: Tensor | None = None,
+    max_q_len: int | None = None, max_kv_len: int | None = None, total_kv: int | None = None, causal: bool = True,
+    logit_cap: float = 0.0, sinks: Tensor | None = None, q_scale: Tensor | float | None = None,
+    kv_scale: Tensor | float | None = None, cp_rank: int = 0, cp_world: int = 1, metadata: None = None,
+    workspace: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, return_lse: bool = False, lse_base: str = "e",
+    num_kv_splits: int | None = None, batch_invariant: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Multi-head latent attention of a few query tokens a sequence over a paged latent cache (absorbed form).
+
+    For query token t and head h of a sequence of `len` tokens, with k_j the cached row and v_j its first kv_lora_rank
+    elements: out = Σ_j softmax_j(sm_scale · q·k_j) v_j over j ≤ len - q_len + t (causal) or all j (DeepSeek-V2,
+    arXiv 2405.04434, section 2.1, with the up-projections absorbed into q and the output).
+
+    Args:
+        q: [B, q_len, H, C + R], [B, H, C + R] (one token each), or ragged [T, H, C + R] with `qo_indptr`; or a pair
+            (q_nope [..., H, C], q_pe [..., H, R]), each with free strides. bf16, fp16, fp8 (fp32 on the cpu).
+        kv_cache: [pages, page_size, num_kv_heads, C + R], or without the head dimension; or a pair (ckv [..., C],
+            kpe [..., R]). Same dtype as q, or fp8 e4m3.
+        kv_lora_rank: C, the width of the latent, which is also V.
+        sm_scale: the softmax scale, positive. DeepSeek's is (128 + 64)^-½ · mscale², never (C + R)^-½.
+        block_table, seq_lens: int32 [B, max_pages] and [B]. Entries past a sequence's last page are never read through.
+        kv_indptr, kv_indices, kv_last_page_lens: the CSR form instead, int32 [B + 1], [pages in use], [B]; the last
+            page's length is ignored at page_size 1.
+        qo_indptr, max_q_len: int32 [B + 1] and the host's bound for a ragged q.
+        max_kv_len, total_kv: host hints, never read back from the device; without them the table's capacity counts.
+        causal: mask among the last q_len tokens of each sequence.
+        logit_cap: cap · tanh(x / cap) on scaled logits, before the mask; 0 for none.
+        sinks: fp32 [H], logits after scaling that join the denominator but not the LSE.
+        q_scale, kv_scale: per-tensor dequantisation scales, float or 1-element fp32 tensors on the device, positive.
+        cp_rank, cp_world: context parallelism: the cache holds tokens cp_rank, cp_rank + cp_world, …; `seq_lens` are
+            global; the result is this rank's partial output and LSE.
+        metadata: reserved for persistent scheduling; must be None.
+        workspace: uint8 on the device, at least `decode_plan(...).workspace_bytes`; else one is kept a stream.
+        out, lse: where to write [..., H, C] and fp32 [..., H]; allocated if absent.
+        out_dtype: of an allocated `out`; q's, or bf16 for fp8 q.
+        return_lse: also return log Σ exp(logit), fp32 [..., H], -inf for a row with nothing to attend (its output is 0).
+        lse_base: "e" or "2".
+        num_kv_splits: split slots a sequence; the tuner's choice if absent.
+        batch_invariant: cut sequences independently of the batch, so that a result is bit-equal alone or in a batch.
+
+    Returns:
+        out, or (out, lse) with return_lse. The same inputs always give the same bits.
+
+    Raises:
+        InvalidInput before any launch; NoVariant with every variant's reason; CompileError; CacheMiss in strict mode or
+        under graph capture (call `warmup` first).
+    """
+    if torch.compiler.is_compiling():
+        from mla_jit import torch_ops
+
+        return torch_ops.traced_decode(  # spelled out: dynamo does not trace locals() in every version
+            q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, block_table=block_table, seq_lens=seq_lens,
+            kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
+            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap, sinks=sinks,
+            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, metadata=metadata, workspace=workspace,
+            out=out, lse=lse, out_dtype=out_dtype, return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits,
+            batch_invariant=batch_invariant,
+        )  # fmt: skip
+    if type(q) is tuple:
+        q0, q1 = q
+        q_key: tuple[Any, ...] = (q0.shape, q0.stride(), q1.stride(), q1.shape, q0.dtype, q1.dtype, (q0.data_ptr() | q1.data_ptr()) & 15)
+    else:
+        q0 = q1 = q  # type: ignore[assignment]
+        q_key = (q0.shape, q0.stride(), q0.dtype, q0.data_ptr() & 15)
+    if type(kv_cache) is tuple:
+        kv0, kv1 = kv_cache
+        kv_key: tuple[Any, ...] = (kv0.shape, kv0.stride(), kv1.stride(), kv1.shape, kv0.dtype, kv1.dtype, (kv0.data_ptr() | kv1.data_ptr()) & 15)
+    else:
+        kv0 = kv1 = kv_cache  # type: ignore[assignment]
+        kv_key = (kv0.shape, kv0.stride(), kv0.dtype, kv0.data_ptr() & 15)
+    key = (
+        q_key, kv_key, q0.get_device(), kv0.get_device(), kv_lora_rank, sm_scale, _tensor_key(block_table), _tensor_key(seq_lens),
+        _tensor_key(kv_indptr), None if kv_indices is None else (kv_indices.dtype, kv_indices.get_device(), kv_indices.stride()),
+        _tensor_key(kv_last_page_lens), _tensor_key(qo_indptr), max_q_len,
+        max_kv_len if max_kv_len is None else (max_kv_len - 1).bit_length() if max_kv_len > 1 else -max_kv_len - 1,
+        total_kv if total_kv is None else (total_kv - 1).bit_length(), causal, logit_cap, _tensor_key(sinks), _scale_key(q_scale),
+        _scale_key(kv_scale), cp_rank, cp_world, _out_key(out), _out_key(lse), out_dtype, return_lse, lse_base, num_kv_splits,
+        batch_invariant,
+    )  # fmt: skip
+    if metadata is not None:
+        raise InvalidInput("metadata is for the persistent scheduler, which this version does not have; pass None")
+    call = _calls.get(key)
+    if call is None:
+        call = _resolve(key, decode_inputs(
+            q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, block_table=block_table, seq_lens=seq_lens,
+            kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
+            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap, sinks=sinks,
+            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, out=out, lse=lse, out_dtype=out_dtype,
+            return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
+        ))  # fmt: skip
+    if out is None:
+        out = q0.new_empty(call.out_shape, dtype=call.out_dtype)
+    if lse is None and call.lse:
+        lse = q0.new_empty(call.out_shape[:-1], dtype=torch.float32)
+    global _last
+    _last = call.dispatch
+    if call.bound is None:
+        return _on_host(call, locals())
+    stream = call.stream_of(call.device)
+    if call.workspace_bytes:
+        if workspace is None:
+            workspace = _workspace(call.device, stream, call.workspace_bytes)
+        elif workspace.numel() * workspace.element_size() < call.workspace_bytes or workspace.device != q0.device:
+            raise InvalidInput(
+                f"workspace has {workspace.numel() * workspace.element_size()} bytes on {workspace.device}; this call needs "
+                f"{call.workspace_bytes} on {q0.device} (decode_plan(...).workspace_bytes)"
+            )
+    elif workspace is None:
+        workspace = out  # one split: the kernel takes the pointer and does not use it
+    operands = (
+        q0, q1, kv0, kv1, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr, kv_last_page_lens, qo_indptr, sinks,
+        q_scale, kv_scale, out, lse, workspace,
+    )  # fmt: skip
+    pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]  # type: ignore[union-attr]
+    call.bound.run(pointers, call.floats, stream)
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def _tensor_key(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device())
+
+
+def _scale_key(value: Any) -> Any:
+    return _tensor_key(value) if isinstance(value, Tensor) else value
+
+
+def _out_key(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
+
+
+def _resolve(key: tuple[Any, ...], inputs: DecodeInputs) -> _Call:
+    """The cold path: problem, target, executable, binding; remembered under the call's signature."""
+    problem, device = inputs.problem, inputs.device
+    index = device.index if device.index is not None else 0
+    where = target.of_device(device.type, index)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    executable = plan.executable_for(problem, where, forbid_compile="under graph capture" if capturing else None)
+    out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
+    empty = 0 in inputs.out_shape
+    bound: Bound | None = None
+    spec: tuple[tuple[int, int], ...] = ()
+    floats: tuple[float, ...] = ()
+    if executable.variant.host is None and not empty:
+        bound = executable.bind(inputs.binding, index)
+        spec = tuple(_place(name, offset, inputs, executable) for name, offset in bound.operands)
+        floats = tuple(inputs.floats[name] for name in bound.float_names)
+    stream_of = torch._C._cuda_getCurrentRawStream if device.type == "cuda" else lambda _: 0
+    workspace_bytes = 0 if empty else executable.workspace_bytes
+    call = _Call(bound, spec, floats, inputs.out_shape, out_dtype, problem.lse, workspace_bytes, index, stream_of, executable.dispatch, executable)
+    if len(_calls) >= _MOST:
+        _calls.clear()
+    _calls[key] = call
+    return call
+
+
+def _place(name: str, offset: int, inputs: DecodeInputs, executable: Executable) -> tuple[int, int]:
+    """Where a kernel's operand is found among the call's: its index, and bytes to add."""
+    if name in executable.offsets:
+        return _WORKSPACE, executable.offsets[name] + offset
+    problem = inputs.problem
+    if name == "q_pe" and not problem.q_split:
+        return _OPERANDS.index("q"), problem.kv_lora_rank * DTYPES[problem.q_dtype].bytes + offset
+    if name == "kpe" and problem.layout == "joint":
+        return _OPERANDS.index("kv"), problem.kv_lora_rank * DTYPES[problem.kv_dtype].bytes + offset
+    return _OPERANDS.index(name), offset
+
+
+def _on_host(call: _Call, arguments: dict[str, Any]) -> Any:
+    """A host variant, or nothing to do."""
+    out, lse = arguments["out"], arguments["lse"]
+    host = call.executable.variant.host
+    if host is not None and out.numel():
+        names = decode_inputs.__kwdefaults__ or {}
+        keywords = {name: arguments[name] for name in ("kv_lora_rank", "sm_scale", *names) if name not in ("out", "lse")}
+        inputs = decode_inputs(arguments["q"], arguments["kv_cache"], **keywords, out=out, lse=lse)
+        host(call.executable.problem, call.executable.config, inputs)
+    return (out, lse) if arguments["return_lse"] else out
+
+
+def _workspace(device: int, stream: int, size: int) -> Tensor:
+    """Scratch memory of a stream, grown and never shrunk. Under capture it is the graph's own and is not remembered."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    kept = _workspaces.get((device, stream))
+    if kept is None or kept.numel() < size:
+        kind = f"cuda:{device}" if torch.cuda.is_available() else "cpu"
+        kept = _workspaces[device, stream] = torch.empty(size, dtype=torch.uint8, device=kind)
+    return kept
+
+
+class DecodePlan:
+    """A decode call validated once and run many times: once a step for 61 layers, with other q, cache and outputs.
+
+    `workspace_bytes` is what `run(workspace=…)` needs; `dispatch` says what serves it. The index tensors are those given
+    to `decode_plan`, read at each run.
+    """
+
+    def __init__(self, q: Any, kv_cache: Any, arguments: dict[str, Any]):
+        self._arguments = arguments
+        self._inputs = inputs = decode_inputs(q, kv_cache, **arguments)
+        self.problem = inputs.problem
+        self._call = _resolve((object(),), inputs)
+        self.dispatch = self._call.dispatch
+        self.workspace_bytes = self._call.workspace_bytes
+        self._expect = (_operand_keys(q), _operand_keys(kv_cache))
+
+    def run(self, q: Any, kv_cache: Any, out: Tensor | None = None, lse: Tensor | None = None, *, workspace: Tensor | None = None) -> Any:
+        """Runs on tensors of the planned shapes, strides and alignment. Returns as `decode` does."""
+        if (_operand_keys(q), _operand_keys(kv_cache)) != self._expect:
+            raise InvalidInput("q or kv_cache differ from the plan's in shape, stride, dtype or alignment; make another plan")
+        given = {name: value for name, value in (("out", out), ("lse", lse)) if value is not None}
+        return decode(q, kv_cache, **{**self._arguments, **given}, workspace=workspace)
+
+
+def _operand_keys(x: Any) -> tuple[Any, ...]:
+    return tuple(_out_key(t) for t in (x if isinstance(x, (tuple, list)) else (x,)))
+
+
+def decode_plan(q: Any, kv_cache: Any, **arguments: Any) -> DecodePlan:
+    """Validates and resolves a `decode` call (same arguments) without running it. Raises what `decode` raises."""
+    arguments.pop("workspace", None)
+    return DecodePlan(q, kv_cache, arguments)
+
+
+def warmup(problems: Iterable[Problem], device: int | torch.device | None = None) -> list[Dispatch]:
+    """Compiles or finds, and loads, everything that the problems need, so that calls and graph captures only launch.
+
+    device: a GPU's index; the current one if absent. On a machine without a GPU the cpu target is resolved.
+    """
+    if torch.cuda.is_available():
+        index = torch.cuda.current_device() if device is None else torch.device("cuda", device).index if isinstance(device, int) else device.index
+        where = target.of_device("cuda", index or 0)
+    else:
+        index, where = 0, target.here()
+    done = []
+    for problem in problems:
+        executable = plan.executable_for(problem, where)
+        executable.load(index or 0)
+        done.append(executable.dispatch)
+    return done
+
+
+def supports(problem: Problem | None = None, *, on: str | Target | None = None, **fields: Any) -> Support:
+    """Whether a problem can be served, by which variant, and the reason of each variant that cannot. Compiles nothing.
+
+    problem: a DecodeProblem, or its fields as keywords: `supports(num_heads=12, page_size=7, on="gfx942")`.
+    on: a target's name; this machine's if absent.
+    """
+    problem = problem if problem is not None else DecodeProblem(**fields)
+    where = on if isinstance(on, Target) else target.by_name(on) if on is not None else target.here()
+    return plan.supports(problem, where)
+
+
+def last_dispatch() -> Dispatch | None:
+    """What served the last call of this process: variant, config and its provenance, kernels, keys, rejected variants."""
+    return _last
+
+
+def reload() -> None:
+    """Forgets all resolved choices: the next calls resolve again. Compiled kernels stay in the cache."""
+    plan.forget()
+    _calls.clear()
+
+

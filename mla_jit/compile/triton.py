@@ -1,0 +1,217 @@
+"""The Triton toolchain: a kernel's text closed over what it calls, and that text compiled to a cubin or an hsaco.
+
+`closure` and `version` need no Triton: a process that finds all its binaries in the cache never imports it. Triton's own
+disk cache, launcher and autotuner are not used; `compile_source` runs its pipeline in a private directory.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import re
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from mla_jit.compile.artifact import Artifact, Source
+from mla_jit.errors import CompileError, IllegalArtifact
+
+_lock = threading.Lock()  # Triton's knobs are global to the process
+
+
+FLOOR = "3.6"  # the oldest Triton whose compiler API and tensor descriptors are the ones used here
+
+
+@functools.cache
+def distribution() -> str | None:
+    """The installed distribution that has Triton; its ROCm builds have other names."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version(name)
+            return name
+    return None
+
+
+@functools.cache
+def version() -> str:
+    """What identifies the toolchain in a key, e.g. "triton 3.7.1". CompileError when there is none or it is too old."""
+    if (name := distribution()) is None:
+        raise CompileError(
+            "Triton is not installed. GPU builds of torch bring their own; otherwise install the extra `triton` of mla_jit"
+        )
+    found = importlib.metadata.version(name)
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < tuple(map(int, FLOOR.split("."))):
+        raise CompileError(f"{name} {found} is too old: mla_jit needs Triton {FLOOR}; use a torch that comes with a newer one")
+    return f"triton {found}"
+
+
+@functools.cache
+def closure(path: str, function: str) -> str:
+    """The text of a module-level function with all module-level names it reaches, in file order; no line numbers."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines = text.splitlines()
+    definitions: dict[str, ast.stmt] = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef):
+            definitions[node.name] = node
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            definitions.update({a.asname or a.name: node for a in node.names})
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            definitions.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    reached: set[str] = set()
+    todo = [function]
+    while todo:
+        name = todo.pop()
+        if name in reached or name not in definitions:
+            continue
+        reached.add(name)
+        todo += [n.id for n in ast.walk(definitions[name]) if isinstance(n, ast.Name)]
+    nodes = sorted({id(definitions[n]): definitions[n] for n in reached}.values(), key=lambda n: n.lineno)
+
+    def source_of(node: ast.stmt) -> str:
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+        return "\n".join(lines[first - 1 : node.end_lineno])
+
+    return "\n\n".join(source_of(n) for n in nodes) + "\n"
+
+
+def _argument(kind: str) -> tuple[str, list[list[Any]]]:
+    """A signature entry as Triton spells it: ("*bf16:16") -> ("*bf16", [["tt.divisibility", 16]])."""
+    base, _, divisor = kind.partition(":")
+    if match := re.fullmatch(r"tma<(\w+)\[(.*)\]>", base):
+        return f"tensordesc<{match[1]}[{', '.join(match[2].split(','))}]>", []
+    return base, [["tt.divisibility", int(divisor)]] if divisor else []
+
+
+def compile_source(source: Source) -> Artifact:
+    """Compiles a Triton source for its target; no GPU needed. Raises CompileError or IllegalArtifact."""
+    started = time.perf_counter()
+    with _lock:
+        compiled = _run_pipeline(source)
+    assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
+    metadata = compiled.metadata
+    binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco") or b""
+    if not binary:
+        raise CompileError(f"{source.name}: the compiler returned no binary for {source.isa}", key=source.key)
+    registers, spills = _amd_resources(assembly) if "amdgcn" in compiled.asm else _nvidia_resources(binary, source)
+    artifact = Artifact(
+        key=source.key,
+        name=source.name,
+        isa=source.isa,
+        entry=metadata.name,
+        binary=binary,
+        threads=metadata.num_warps * metadata.warp_size,
+        smem_bytes=metadata.shared,
+        registers=registers,
+        spill_bytes=spills,
+        extra={
+            "scratch_bytes": getattr(metadata, "global_scratch_size", 0),
+            "scratch_args": 2,
+            "tma": _tensor_maps(source, metadata),
+        },
+        provenance={"toolchain": source.toolchain_version, "constants": dict(source.constants), "options": dict(source.options)},
+        compile_seconds=round(time.perf_counter() - started, 3),
+    )
+    check_legal(source, artifact, assembly)
+    return artifact
+
+
+def _run_pipeline(source: Source) -> Any:
+    """Triton's own pipeline on a private cache directory, so that nothing is read from or left in the user's."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {k: v for k, v in source.options if not k.startswith("env:")}
+    backend, arch, warp_size = options.pop("backend"), options.pop("arch"), options.pop("warp_size")
+    module_name, _, name = source.locator.partition(":")
+    module = importlib.import_module(module_name)
+    fn = getattr(module, name)
+    if closure(module.__file__ or "", name) != source.content:
+        raise CompileError(f"{source.locator} changed on disk since this process read it; restart it", key=source.key)
+
+    def constant(value: Any) -> Any:
+        return getattr(tl, value[3:]) if isinstance(value, str) and value.startswith("tl:") else value
+
+    names = list(fn.arg_names)
+    constants = {n: constant(v) for n, v in source.constants}
+    kinds = {n: _argument(kind) for n, kind in source.signature}
+    if missing := [n for n in names if n not in constants and n not in kinds]:
+        raise CompileError(f"{source.locator} has parameters that the variant does not fill: {', '.join(missing)}", key=source.key)
+    signature = {n: "constexpr" if n in constants else kinds[n][0] for n in names}
+    attributes = {(names.index(n),): attrs for n, (_, attrs) in kinds.items() if attrs}
+    unit = ASTSource(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    with tempfile.TemporaryDirectory(prefix="mla_jit-") as directory, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = directory
+        triton.knobs.compilation.disable_line_info = True
+        triton.knobs.compilation.always_compile = True
+        try:
+            return triton.compile(unit, target=GPUTarget(backend, arch, warp_size), options=options)
+        except Exception as error:  # Triton raises what its passes raise: RuntimeError, MLIR errors, subprocess errors
+            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            raise CompileError(
+                f"{source.name} does not compile for {source.isa}: {said[-1]} (key {source.key[:16]}). Another config may: "
+                "see `mla-tune explain`; the full message is in the error's .log",
+                key=source.key,
+                log=str(error),
+            ) from error
+
+
+def _nvidia_resources(cubin: bytes, source: Source) -> tuple[int, int]:
+    """(registers a thread, stack bytes a thread) as the disassembler of the Triton wheel reads them from the binary."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    if (found := re.search(r"REG:(\d+) STACK:(\d+)", text)) is None:
+        raise CompileError(f"cuobjdump could not read the resources of {source.name}: {text.strip()[:200]}", key=source.key)
+    return int(found[1]), int(found[2])
+
+
+def _amd_resources(text: str) -> tuple[int, int]:
+    """(vector registers a lane, spilled bytes a lane) from the metadata of AMDGCN text."""
+    count = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count|agpr_count):\s+(\d+)", text)}
+    return count.get("vgpr_count", 0), 4 * count.get("vgpr_spill_count", 0)
+
+
+def _tensor_maps(source: Source, metadata: Any) -> dict[str, dict[str, Any]]:
+    """By parameter: the box that the kernel copies, as the driver must encode it."""
+    names = [n for n, kind in source.signature if kind.startswith("tma<")]
+    found = [dict(row) for row in getattr(metadata, "tensordesc_meta", None) or []]
+    if len(names) != len(found):
+        raise IllegalArtifact(
+            f"{source.name}: {len(names)} tensor maps were asked for, {source.isa} made {len(found)}", key=source.key
+        )
+    keep = ("swizzle", "elem_size", "elem_type", "block_size", "fp4_padded")
+    return {name: {k: row[k] for k in keep} for name, row in zip(names, found, strict=True)}
+
+
+def check_legal(source: Source, artifact: Artifact, assembly: str) -> None:
+    """Raises IllegalArtifact if the result cannot run on its target: a compiler's return is no proof."""
+    limits = source.limits
+    if limits is None:
+        return
+    faults = []
+    if artifact.smem_bytes > limits.smem_bytes:
+        faults.append(f"{artifact.smem_bytes} bytes of shared memory, the target has {limits.smem_bytes}")
+    if artifact.registers > limits.registers:
+        faults.append(f"{artifact.registers} registers a thread, the target has {limits.registers}")
+    if artifact.spill_bytes > limits.spill_bytes:
+        faults.append(f"{artifact.spill_bytes} bytes of stack a thread, the variant allows {limits.spill_bytes}")
+    if artifact.threads > limits.threads:
+        faults.append(f"{artifact.threads} threads, the target has {limits.threads}")
+    if limits.require and not any(text in assembly for text in limits.require):
+        faults.append(f"none of the matrix instructions {', '.join(limits.require)}")
+    if faults:
+        raise IllegalArtifact(f"{source.name} for {source.isa} is not legal: {'; '.join(faults)}", key=source.key)

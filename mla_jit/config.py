@@ -1,0 +1,55 @@
+"""`Config`: the tunables of one variant, and nothing of the problem."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+Value = int | str | bool
+
+
+@dataclass(frozen=True)
+class Config(Mapping[str, Value]):
+    """The tunables of one variant as a sorted, hashable mapping: `Config.of("decode_splitk_triton", block_n=64)`."""
+
+    variant: str
+    items_: tuple[tuple[str, Value], ...]
+
+    @classmethod
+    def of(cls, variant: str, **values: Value) -> Config:
+        return cls(variant, tuple(sorted(values.items())))
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        data = json.loads(text)
+        return cls.of(data.pop("variant"), **data)
+
+    def to_json(self) -> str:
+        return json.dumps({"variant": self.variant, **dict(self.items_)}, sort_keys=True)
+
+    def replace(self, **values: Value) -> Config:
+        """The same config with some values changed; a name that it does not have is an error."""
+        if unknown := set(values) - set(self):
+            raise KeyError(f"{self.variant} has no tunable {', '.join(sorted(unknown))}; it has {', '.join(self)}")
+        return Config.of(self.variant, **(dict(self.items_) | values))
+
+    def int(self, name: str) -> int:
+        value = self[name]
+        assert isinstance(value, int), f"{self.variant}.{name} is {value!r}, not an integer"
+        return value
+
+    def __getitem__(self, name: str) -> Value:
+        for key, value in self.items_:
+            if key == name:
+                return value
+        raise KeyError(f"{self.variant} has no tunable {name!r}; it has {', '.join(self)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (key for key, _ in self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+    def __str__(self) -> str:
+        return f"{self.variant}({', '.join(f'{k}={v}' for k, v in self.items_)})"

@@ -1,0 +1,115 @@
+"""The models of configs/models.yaml, and every decode problem that serving one of them can pose.
+
+It knows which properties of a call change the machine code, so that what is compiled ahead from here is what the calls
+look up later.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mla_jit import resources
+from mla_jit.dtypes import DTYPES
+from mla_jit.errors import InvalidInput
+from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.target import Target
+
+DTYPE_NAMES = ("bf16", "fp16", "fp32", "fp8", "fp8xfp8")
+PAGINGS = ("table", "csr", "csr+lens")
+BATCHES = (1, 16, 256)  # the batch enters the machine code only through how many splits there are: none, few, many
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of configs/models.yaml. `heads` are the whole model's; `dtypes` are names of DTYPE_NAMES."""
+
+    name: str
+    heads: int
+    layers: int
+    kv_lora_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_dim: int
+    max_kv_len: int
+    dtypes: tuple[str, ...]
+    source: str
+    sparse: int | None = None
+
+    @property
+    def sm_scale(self) -> float:
+        """(nope_dim + rope_dim)^-½, without the model's own mscale²."""
+        return float((self.nope_dim + self.rope_dim) ** -0.5)
+
+    def local_heads(self, tp: int) -> int:
+        """Query heads of one tensor-parallel rank. InvalidInput where they cannot be shared."""
+        if tp < 1 or self.heads % tp:
+            raise InvalidInput(f"{self.name} has {self.heads} heads, which {tp} tensor-parallel ranks cannot share equally")
+        return self.heads // tp
+
+
+@functools.cache
+def models() -> dict[str, Model]:
+    """All rows of configs/models.yaml by name."""
+    rows = resources.load_yaml("configs", "models.yaml")
+    return {name: Model(name=name, **{**row, "dtypes": tuple(row["dtypes"])}) for name, row in rows.items()}
+
+
+def by_name(name: str) -> Model:
+    """The row of a model's name, in any case. InvalidInput lists what there is."""
+    found = models().get(name.lower())
+    if found is None:
+        raise InvalidInput(f"no model {name!r}; configs/models.yaml has {', '.join(models())}. A new model is a new row")
+    return found
+
+
+def dtypes_on(name: str, target: Target) -> tuple[str, str]:
+    """(q, cache) dtypes of a name of DTYPE_NAMES, or of "Q×CACHE" / "QxCACHE" in dtypes.py's names.
+
+    "fp8" is the fp8 that the target's hardware knows, else e4m3. InvalidInput for an unknown name.
+    """
+    fp8 = next((d for d in target.dtypes if DTYPES[d].bits == 8), "fp8_e4m3")
+    pairs = {"fp8": ("bf16", fp8), "fp8xfp8": (fp8, fp8)}
+    name = name.replace("×", "x")
+    q, found, cache = name.partition("x")
+    pair = pairs.get(name) or ((q, cache) if found else (name, name))
+    if not set(pair) <= set(DTYPES):
+        known = f"{', '.join(DTYPE_NAMES)}, or QxCACHE of {', '.join(DTYPES)}"
+        raise InvalidInput(f"dtype {name!r} is unknown; use {known}")
+    return pair
+
+
+def decode_problems(
+    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None, page_sizes: Sequence[int] = (64,),
+    q_lens: Sequence[int] = (1, 2), pagings: Sequence[str] = ("table", "csr"), lse: Sequence[bool] = (False, True),
+    ragged: Sequence[bool] = (False, True), batches: Sequence[int] = BATCHES, max_kv_len: int | None = None, **fixed: object,
+) -> Iterator[DecodeProblem]:  # fmt: skip
+    """Every decode problem of a model on a target: the given axes, times lengths up to max_kv_len (the model's own).
+
+    Scales given as device tensors are another kernel than floats or none: both are included where the cache is fp8.
+    `fixed` sets further fields of all problems, e.g. causal=False or sinks=True.
+    """
+    heads = model.local_heads(tp)
+    if unknown := set(pagings) - set(PAGINGS):
+        raise InvalidInput(f"paging {', '.join(sorted(unknown))} is unknown; use {', '.join(PAGINGS)}")
+    lengths = [1 << i for i in range(bucket(max_kv_len or model.max_kv_len).bit_length())]
+    pairs = [dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)]
+    axes = itertools.product(dict.fromkeys(pairs), page_sizes, q_lens, pagings, lse, ragged)
+    for (q, cache), page_size, q_len, paging, with_lse, is_ragged in axes:
+        for scales in _scales(q, cache):
+            for batch, length in itertools.product(batches, lengths):
+                yield DecodeProblem(
+                    num_heads=heads, kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q, kv_dtype=cache,
+                    out_dtype="bf16" if DTYPES[q].bits == 8 else q, page_size=page_size, q_len=q_len,
+                    paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged, batch=batch,
+                    max_kv_len=length, **(scales | fixed),
+                )  # type: ignore[arg-type]  # fmt: skip
+
+
+def _scales(q: str, cache: str) -> tuple[dict[str, bool], ...]:
+    """Which scales come as device tensors: none; those of the fp8 operands."""
+    if DTYPES[cache].bits != 8:
+        return ({},)
+    return {}, {"kv_scale": True, "q_scale": DTYPES[q].bits == 8}

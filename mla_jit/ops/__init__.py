@@ -1,0 +1,22 @@
+"""The ops: mathematics, kernels and the variants' rows. `variants(op)` is the registry."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mla_jit.ops.variant import Variant
+
+OPS = ("decode",)
+
+
+@functools.cache
+def variants(op: str) -> tuple[Variant, ...]:
+    """All variants of an op, in the order in which equals are preferred. Imported on first use: the CPU's need torch."""
+    if op == "decode":
+        from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
+        from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
+
+        return (DECODE_SPLITK_TRITON, DECODE_BLOCKED_CPU)
+    raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}")

@@ -1,0 +1,356 @@
+"""The row of `decode_splitk_triton`: legality, default config, sources, launches, workspace and cost.
+
+The kernels are in triton_splitk.py; nothing here imports triton.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mla_jit import settings
+from mla_jit.compile import triton as toolchain
+from mla_jit.compile.artifact import Limits, Scalar, Source
+from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
+from mla_jit.launch.base import Arg, Launch
+from mla_jit.ops.variant import Cost, Variant
+from mla_jit.problem import DecodeProblem
+from mla_jit.target import Target
+
+NAME = "decode_splitk_triton"
+_MODULE = "mla_jit.ops.decode.triton_splitk"
+_PATH = str(Path(__file__).with_name("triton_splitk.py"))
+_COMPUTE = {"bf16": "tl:bfloat16", "fp16": "tl:float16", "fp32": "tl:float32"}
+_INVARIANT_TOKENS = 2048  # tokens a split under batch_invariant, whatever the batch
+_SPILL_BYTES = 1024  # the peeled, masked tile may spill; the main loop's budget is checked by its speed
+
+# Arguments of the kernels by parameter: the operand behind a pointer, or how a number is passed.
+_FLOATS = ("qk_scale", "v_scale", "logit_cap", "lse_mul")
+_INTS = ("total_rows", "max_q_len", "num_splits", "min_tiles", "cp_rank", "cp_world")
+_STAGE1_POINTERS = (
+    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse",
+    "part", "part_lse",
+)  # fmt: skip
+_STAGE1_STRIDES = (
+    "q_stride_t", "q_stride_h", "q_pe_stride_t", "q_pe_stride_h", "kv_stride_page", "kv_stride_tok", "kv_stride_head",
+    "kpe_stride_page", "kpe_stride_tok", "kpe_stride_head", "table_stride",
+)  # fmt: skip
+_OUT_STRIDES = ("out_stride_t", "out_stride_h", "lse_stride_t", "lse_stride_h")
+_COMBINE_POINTERS = ("lens", "kv_indptr", "last", "qo_indptr", "sinks", "out", "lse", "part", "part_lse")
+
+
+def _pow2(n: int, least: int = 1) -> int:
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def _compute(p: DecodeProblem) -> str:
+    """The dtype in which tiles are multiplied: q's if it has 16 bits; fp16 holds every e4m3 value exactly."""
+    return p.q_dtype if DTYPES[p.q_dtype].bits == 16 else "fp16"
+
+
+def _decode(dtype: str, target: Target) -> str:
+    """How bytes of an fp8 dtype become numbers: "" natively, else by integer instructions."""
+    if DTYPES[dtype].bits != 8 or dtype in target.dtypes:
+        return ""
+    return dtype.removeprefix("fp8_")
+
+
+def _qk_native(p: DecodeProblem, target: Target) -> bool:
+    """Whether q·k is one matrix instruction on the operands as they lie in memory."""
+    if p.q_dtype != p.kv_dtype:
+        return False
+    return DTYPES[p.q_dtype].bits == 16 or (target.has("fp8_mma") and p.q_dtype in target.dtypes)
+
+
+def num_splits(p: DecodeProblem, config: Config) -> int:
+    """Split slots of a sequence: the caller's wish, else the config's; fixed by capacity under batch_invariant."""
+    if p.num_kv_splits is not None:
+        return p.num_kv_splits
+    if p.batch_invariant:
+        return max(1, -(-p.max_kv_len // _INVARIANT_TOKENS))
+    return config.int("num_kv_splits")
+
+
+def _min_tiles(p: DecodeProblem, config: Config) -> int:
+    if p.batch_invariant:
+        return _INVARIANT_TOKENS // config.int("block_n")
+    return 1 if p.num_kv_splits is not None else config.int("min_tiles")
+
+
+def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """Why this variant cannot serve the problem with this config on this target, or None."""
+    if not target.triton:
+        return f"Triton has no backend for {target.name}"
+    if "fp32" in (p.q_dtype, p.kv_dtype):
+        return "fp32 q or cache: GPUs are served in bf16, fp16 and fp8 (fp32 on the cpu target)"
+    q, kv = DTYPES[p.q_dtype], DTYPES[p.kv_dtype]
+    if q.bits == 16 and kv.bits == 16 and q is not kv:
+        return f"q is {q.name} and the cache is {kv.name}: two 16-bit dtypes do not mix; cast q"
+    if q.bits == 8 and q is not kv:
+        return f"q is {q.name} and the cache is {kv.name}: fp8 q needs a cache of the same dtype"
+    if p.kv_lora_rank > 512:
+        return f"kv_lora_rank {p.kv_lora_rank} > 512: the output tile does not fit the register file"
+    if p.rope_dim > 128:
+        return f"rope_dim {p.rope_dim} > 128"
+    if p.batch * max(p.rows, 1) * p.num_kv_heads * num_splits(p, config) >= 2**31:
+        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    if config["tma"]:
+        if not target.has("tma"):
+            return f"{target.name} has no bulk tensor copies"
+        if (reason := _no_tma(p, config)) is not None:
+            return reason
+    tile = config.int("block_n") * _pow2(p.kv_lora_rank, 16) * kv.bytes
+    if tile * max(1, config.int("num_stages") - 1) > target.smem_bytes:
+        return f"{config.int('num_stages')} stages of {tile} bytes exceed {target.smem_bytes} bytes of shared memory"
+    if config["swap"] and (q.bits == 8 or kv.bits == 8):
+        return "the swapped form is for 16-bit operands"
+    return None
+
+
+def _no_tma(p: DecodeProblem, config: Config) -> str | None:
+    """Why tiles of this cache cannot be bulk tensor copies, or None."""
+    if p.page_size % config.int("block_n"):
+        return f"page size {p.page_size} is no multiple of a tile of {config.int('block_n')} tokens: no bulk tensor copies"
+    if "kv" in p.misaligned:
+        return "the cache's base or strides are not multiples of 16: no bulk tensor copies"
+    if not p.flat_pages:
+        return "the cache's page stride is not page_size × token stride: no bulk tensor copies"
+    if DTYPES[p.kv_dtype].bits != 16:
+        return "fp8 tiles are decoded in registers: no bulk tensor copies"
+    if p.kv_lora_rank != _pow2(p.kv_lora_rank, 16) or (p.rope_dim and p.rope_dim != _pow2(p.rope_dim, 16)):
+        return "kv_lora_rank or rope_dim is not a power of two: no bulk tensor copies"
+    return None
+
+
+# block_m, block_n, num_warps, num_stages, swap by the kind of matrix instruction and the packed rows: the best of a sweep on
+# one H200 for "m64" with bulk copies; the others scaled by shared memory, spills and what compiles.
+_TILES = {
+    ("m64", 16): (16, 64, 8, 3, False), ("m64", 32): (32, 64, 4, 2, True), ("m64", 64): (64, 64, 8, 2, False),
+    ("mma", 16): (16, 32, 4, 3, False), ("mma", 32): (32, 32, 8, 2, False),
+    ("mfma", 16): (16, 32, 4, 1, False), ("mfma", 32): (32, 32, 4, 1, False),
+}  # fmt: skip
+
+
+def default(p: DecodeProblem, target: Target) -> Config:
+    """A sound config from shapes alone: rows packed to a power of two, tiles and stages that fit, splits that fill the device."""
+    rows = max(p.rows, 1)
+    narrow = DTYPES[p.kv_dtype].bits == 8
+    kind = "mfma" if target.triton[:1] == ("hip",) else "m64" if target.has("mma_m64") else "mma"
+    bulk = target.has("tma") and _no_tma(p, Config.of(NAME, block_n=64)) is None
+    if kind == "m64" and not bulk and rows <= 32:
+        kind = "mma"  # gathered tiles of few rows: smaller tiles, more programs
+    block_m, block_n, warps, stages, swap = _TILES[kind, 16 if rows <= 16 else 32 if rows <= 32 or kind != "m64" else 64]
+    if narrow:
+        block_n, swap = 32, False
+    width = (_pow2(p.kv_lora_rank, 16) + (_pow2(p.rope_dim, 16) if p.rope_dim else 0)) * DTYPES[p.kv_dtype].bytes
+    queries = block_m * (_pow2(p.kv_lora_rank, 16) + _pow2(p.rope_dim, 16)) * 2 if block_m >= 32 else 0
+    slack = 2048
+    while stages > 1 and queries + stages * block_n * width + slack > target.smem_bytes:
+        stages -= 1
+    while block_n > 16 and queries + stages * block_n * width + slack > target.smem_bytes:
+        block_n //= 2
+    if queries + stages * block_n * width + slack > target.smem_bytes:
+        block_m = 16
+    config = Config.of(
+        NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, swap=swap, tma=False, min_tiles=1,
+        num_kv_splits=1, combine_d=128, combine_s=16, masked_first=not (swap or block_m >= 64), pdl=target.has("pdl"),
+    )  # fmt: skip
+    if bulk and _no_tma(p, config) is None:
+        config = config.replace(tma=True)
+    return config.replace(num_kv_splits=_default_splits(p, target, config))
+
+
+def _programs(p: DecodeProblem, config: Config) -> int:
+    """Programs of stage 1 without splits."""
+    return max(1, p.batch * -(-max(p.rows, 1) // config.int("block_m")) * p.num_kv_heads)
+
+
+def _resident(target: Target, config: Config) -> int:
+    """Programs that the device holds at once."""
+    return target.sms * (1 if config.int("num_warps") >= 8 or config["swap"] else 2)
+
+
+def _default_splits(p: DecodeProblem, target: Target, config: Config) -> int:
+    """The count i that maximises the share of the device's slots in use, less what a split costs.
+
+    With `programs` without splits and `slots` resident at once, i splits take ceil(programs·i / slots) waves; a split costs
+    about `overhead` tokens of work (start, partial, combine).
+    """
+    programs, slots = _programs(p, config), _resident(target, config)
+    most = max(1, min(-(-p.max_kv_len // config.int("block_n")), -(-slots // programs), 256))
+    overhead = 64.0
+
+    def score(i: int) -> float:
+        waves = -(-programs * i // slots)
+        return programs * i / (waves * slots) * p.max_kv_len / (p.max_kv_len + overhead * i)
+
+    return max(range(1, most + 1), key=lambda i: (round(score(i), 3), -i))
+
+
+def _alignment(p: DecodeProblem, name: str) -> str:
+    group = {"q": "q", "q_pe": "q", "kv": "kv", "kpe": "kv", "out": "out"}.get(name)
+    return "" if group in p.misaligned else ":16"
+
+
+def _pointer(p: DecodeProblem, target: Target, name: str) -> str:
+    """The signature entry of a pointer parameter."""
+    element = {"q": p.q_dtype, "q_pe": p.q_dtype, "kv": p.kv_dtype, "kpe": p.kv_dtype, "out": p.out_dtype}.get(name)
+    if element is not None:
+        text = "u8" if _decode(element, target) else DTYPES[element].triton
+        return f"*{text}{_alignment(p, name)}"
+    if name in ("table", "lens", "kv_indptr", "last", "qo_indptr"):
+        return "*i64" if name in p.index64 else "*i32"
+    return "*fp32:16" if name in ("part", "part_lse") else "*fp32"
+
+
+def _absent(p: DecodeProblem) -> set[str]:
+    """Pointer operands that this problem does not have."""
+    has = {
+        "lens": p.has_lens, "kv_indptr": p.paging == "csr", "last": p.paging == "csr" and not p.has_lens and p.page_size > 1,
+        "qo_indptr": p.ragged, "sinks": p.sinks, "q_scale": p.q_scale, "kv_scale": p.kv_scale, "lse": p.lse,
+    }  # fmt: skip
+    return {name for name, present in has.items() if not present}
+
+
+def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]:
+    """(constants, [(parameter, signature entry, launch argument)]) of the first kernel."""
+    latent, rope, block_n = _pow2(p.kv_lora_rank, 16), _pow2(p.rope_dim, 16), config.int("block_n")
+    absent = _absent(p)
+    constants: dict[str, Scalar] = {f"{name}_ptr": None for name in absent}
+    constants |= {
+        "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
+        "PAGE": p.page_size, "BLOCK_M": config.int("block_m"), "BLOCK_N": block_n, "BLOCK_C": latent, "BLOCK_R": rope,
+        "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]), "SWAP": bool(config["swap"]),
+        "MASKED_FIRST": bool(config["masked_first"]),
+        "PDL": bool(config["pdl"]), "CAUSAL": p.causal, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "HAS_LSE": p.lse, "COMPUTE": _COMPUTE[_compute(p)], "DECODE": _decode(p.kv_dtype, target),
+        "Q_DECODE": _decode(p.q_dtype, target), "QK_NATIVE": _qk_native(p, target),
+    }  # fmt: skip
+    arguments: list[tuple[str, str, Arg]] = []
+    for name in _STAGE1_POINTERS[:4]:
+        arguments.append((f"{name}_ptr", _pointer(p, target, name), Arg("ptr", name)))
+    for name, box in (("kv", latent), ("kpe", rope)):
+        if config["tma"] and (name == "kv" or p.rope_dim):
+            element = DTYPES[p.kv_dtype].triton
+            arguments.append((f"{name}_desc", f"tma<{element}[{block_n},{box}]>", Arg("tma", name, block=(block_n, box))))
+        else:
+            constants[f"{name}_desc"] = None
+    for name in _STAGE1_POINTERS[4:]:
+        if name not in absent:
+            arguments.append((f"{name}_ptr", _pointer(p, target, name), Arg("ptr", name)))
+    for name in (*_STAGE1_STRIDES, *_OUT_STRIDES):
+        operand = name.split("_stride")[0]
+        aligned = _alignment(p, operand) if operand in ("q", "q_pe", "kv", "kpe", "out") else ""
+        arguments.append((name, f"i64{aligned}", Arg("i64", name)))
+    return constants, arguments + _scalars((*_INTS, *_FLOATS))
+
+
+def _combine(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]:
+    """The same for the second kernel."""
+    splits = num_splits(p, config)
+    absent = _absent(p)
+    constants: dict[str, Scalar] = {f"{name}_ptr": None for name in absent if name in _COMBINE_POINTERS}
+    constants |= {
+        "H": p.num_heads, "C": p.kv_lora_rank, "PAGE": p.page_size, "BLOCK_N": config.int("block_n"),
+        "SPLITS_POW2": 32 if splits <= 32 else _pow2(splits, 256), "BLOCK_S": config.int("combine_s"),
+        "BLOCK_D": min(config.int("combine_d"), _pow2(p.kv_lora_rank)), "PDL": bool(config["pdl"]),
+        "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
+    }  # fmt: skip
+    arguments = [(f"{n}_ptr", _pointer(p, target, n), Arg("ptr", n)) for n in _COMBINE_POINTERS if n not in absent]
+    for name in _OUT_STRIDES:
+        arguments.append((name, f"i64{_alignment(p, 'out') if name.startswith('out') else ''}", Arg("i64", name)))
+    return constants, arguments + _scalars((*_INTS, "lse_mul"))
+
+
+def _scalars(names: tuple[str, ...]) -> list[tuple[str, str, Arg]]:
+    return [(n, "fp32", Arg("f32", n)) if n in _FLOATS else (n, "i32", Arg("i32", n)) for n in names]
+
+
+def _source(target: Target, function: str, name: str, parts: tuple[dict[str, Scalar], list[tuple[str, str, Arg]]],
+            options: dict[str, Scalar], limits: Limits) -> Source:  # fmt: skip
+    constants, arguments = parts
+    backend, arch, warp_size = target.triton
+    options = options | {"backend": backend, "arch": arch, "warp_size": warp_size}
+    knobs = tuple((f"env:{k}", v) for k, v in settings.compiler_knobs())
+    return Source(
+        name=name,
+        toolchain="triton",
+        toolchain_version=toolchain.version(),
+        isa=target.isa,
+        content=toolchain.closure(_PATH, function),
+        constants=tuple(sorted(constants.items())),
+        signature=tuple((parameter, kind) for parameter, kind, _ in arguments),
+        options=(*sorted(options.items()), *knobs),
+        locator=f"{_MODULE}:{function}",
+        limits=limits,
+    )
+
+
+def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
+    """Stage 1, and the combine where there is more than one split slot."""
+    limits = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma)
+    options: dict[str, Scalar] = {"num_warps": config.int("num_warps"), "num_stages": config.int("num_stages")}
+    stage1 = _source(target, "decode_splitk", NAME, _stage1(p, target, config), options, limits)
+    if num_splits(p, config) == 1:
+        return (stage1,)
+    small = Limits(smem_bytes=target.smem_bytes, registers=target.registers)
+    two = _source(target, "combine", f"{NAME}_combine", _combine(p, target, config), {"num_warps": 4, "num_stages": 2}, small)
+    return stage1, two
+
+
+def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
+    """One program a (row block, KV head, split, sequence); the combine one a (column block, head, token, sequence)."""
+    splits = num_splits(p, config)
+    stage1 = Launch(0, (_programs(p, config) * splits, 1, 1), tuple(a for *_, a in _stage1(p, target, config)[1]))
+    if splits == 1:
+        return (stage1,)
+    columns = -(-p.kv_lora_rank // min(config.int("combine_d"), _pow2(p.kv_lora_rank)))
+    grid = (columns * p.num_heads * p.q_len * p.batch, 1, 1)
+    two = Launch(1, grid, tuple(a for *_, a in _combine(p, target, config)[1]), pdl=bool(config["pdl"]))
+    return stage1, two
+
+
+def numbers(p: DecodeProblem, config: Config) -> dict[str, int]:
+    """The numbers that problem and config fix and the kernels take at run time."""
+    return {"max_q_len": p.q_len, "num_splits": num_splits(p, config), "min_tiles": _min_tiles(p, config)}
+
+
+def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
+    """fp32 partials [splits, rows, C] and their LSE [splits, rows]; 0 with one split."""
+    splits = num_splits(p, config)
+    if splits == 1:
+        return 0
+    rows = p.batch * p.q_len * p.num_heads
+    return splits * rows * (p.kv_lora_rank + 1) * 4
+
+
+def workspace_offsets(p: DecodeProblem, config: Config) -> dict[str, int]:
+    """Where each buffer starts in the workspace, in bytes."""
+    return {"part": 0, "part_lse": num_splits(p, config) * p.batch * p.q_len * p.num_heads * p.kv_lora_rank * 4}
+
+
+def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
+    """The roofline of one call at its length bound, with waves and the second launch."""
+    splits = num_splits(p, config)
+    tokens = p.total_kv if p.total_kv is not None else p.batch * p.max_kv_len
+    blocks = -(-max(p.rows, 1) // config.int("block_m"))
+    padded = blocks * config.int("block_m") * p.num_kv_heads
+    size = tokens * p.num_kv_heads * p.head_dim * DTYPES[p.kv_dtype].bytes + workspace_bytes(p, target, config) * 2
+    flops = 2 * tokens * padded * (p.head_dim + p.kv_lora_rank)
+    programs = _programs(p, config) * splits
+    waves = programs / _resident(target, config)
+    busy = waves / max(1, -(-programs // _resident(target, config)))
+    ideal = max(size / target.bandwidth_gbps * 1e-3, flops / target.bf16_tflops * 1e-6)
+    launch = target.launch_us * (2 if splits > 1 else 1)
+    return Cost(size, flops, programs, waves, ideal / max(busy, 1e-6) + launch)
+
+
+SPACE: dict[str, tuple[int | str | bool, ...]] = {
+    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4), "swap": (False, True),
+    "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "combine_d": (64, 128, 256, 512), "combine_s": (8, 16, 32), "pdl": (False, True),
+}  # fmt: skip
+
+DECODE_SPLITK_TRITON = Variant(
+    name=NAME, op="decode", backend="triton", rejects=rejects, default=default, sources=sources, launches=launches,
+    workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets, space=SPACE,
+)  # fmt: skip

@@ -1,0 +1,393 @@
+"""Split-K MLA decode in Triton: stage 1 (`decode_splitk`) and stage 2 (`combine`). Imports triton only.
+
+A program of stage 1 owns BLOCK_M packed rows (query token × head) of one sequence and KV head, and one split of its
+tokens. With q [BLOCK_M, C + R] kept, it walks the split in tiles of BLOCK_N tokens with an online softmax:
+
+    S = q_nope·Kᵀ + q_pe·K_ropeᵀ     P = exp2(S·scale - m)     O = O·alpha + P·K[:, :C]
+
+A tile is read once from device memory and serves as K and as V. Bytes a sequence: kv_len·(C + R)·sizeof for each block
+of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32; shared memory: num_stages tiles and q.
+
+The number of split slots is fixed by the grid; each program derives its chunk from the lengths on the device, so a
+graph captured at capacity serves any length. The main loop is free of masks. The tiles that need one (those that the
+causal diagonal crosses, and the partly filled last one) come before it with MASKED_FIRST, while O is still empty: no
+spills with mma.sync. With wgmma they come after it, since an O that reaches the loop through moves makes ptxas serialise
+every wgmma (C7515: 618 instead of 508 us at 128 heads × 128 × 4096). A sequence that needs one split is written
+straight to `out`; the others leave fp32 partials and their base-2 LSE, which `combine` sums in the order of the splits.
+
+SWAP computes the transposes (Sᵀ = K·qᵀ, Oᵀ = Vᵀ·Pᵀ): few rows then become the narrow side of the matrix instruction.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _fp8_to_fp16(x, FNUZ: tl.constexpr):
+    """Decodes e4m3 bytes with integer instructions: exponent and mantissa shifted into fp16's place, then rescaled."""
+    u = x.to(tl.uint16)
+    half = (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.float16, bitcast=True)
+    if FNUZ:
+        return tl.where(u == 0x80, float("nan"), half * 128.0)
+    return tl.where((u & 0x7F) == 0x7F, float("nan"), half * 256.0)
+
+
+@triton.jit
+def _convert(x, DECODE: tl.constexpr, COMPUTE: tl.constexpr):
+    """A loaded tile in the dtype in which it is multiplied. DECODE: "" (native), "e4m3" or "e4m3fnuz" (bytes)."""
+    if DECODE != "":
+        x = _fp8_to_fp16(x, DECODE == "e4m3fnuz")
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def _seq_bounds(b, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: tl.constexpr, PAGE: tl.constexpr):
+    """(length of sequence b in tokens, its first slot in kv_indices)."""
+    first = tl.full((), 0, tl.int64)
+    if indptr_ptr is not None:
+        start = tl.load(indptr_ptr + b)
+        first = start.to(tl.int64)
+    if HAS_LENS:
+        length = tl.load(lens_ptr + b).to(tl.int32)
+    else:
+        pages = (tl.load(indptr_ptr + b + 1) - start).to(tl.int32)
+        if PAGE == 1:
+            length = pages
+        else:
+            length = tl.where(pages > 0, (pages - 1) * PAGE + tl.load(last_ptr + b).to(tl.int32), 0)
+    return tl.maximum(length, 0), first
+
+
+@triton.jit
+def _visible(limit, cp_rank, cp_world, CP: tl.constexpr):
+    """How many tokens of this rank's share of the sequence lie below the global position `limit`."""
+    if CP:
+        limit = (limit - cp_rank + cp_world - 1) // cp_world
+    return tl.maximum(limit, 0)
+
+
+@triton.jit
+def _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N: tl.constexpr):
+    """(tiles of the sequence, tiles a split): the one rule of how a sequence is cut, for both stages."""
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    return tiles, tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
+
+
+@triton.jit
+def _load_tile(kv_ptr, kpe_ptr, pages_ptr, n0, kv_len, kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
+               C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+               PAGE: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    """Gathers tokens n0 … n0 + BLOCK_N through the page table; with MASK, rows from kv_len on are zero and not read."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    offs_c = tl.arange(0, BLOCK_C)
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(pages_ptr + n0 // PAGE).to(tl.int64)
+        row = n0 % PAGE + tl.arange(0, BLOCK_N)
+        p_kv = kv_ptr + page * kv_stride_page + row[:, None] * kv_stride_tok
+    else:
+        page = tl.load(pages_ptr + offs_n // PAGE, mask=offs_n < kv_len, other=0).to(tl.int64)
+        row = offs_n % PAGE
+        p_kv = kv_ptr + (page * kv_stride_page + row * kv_stride_tok)[:, None]
+    p_kv += offs_c[None, :]
+    if MASK and BLOCK_C != C:
+        k = tl.load(p_kv, mask=(offs_n < kv_len)[:, None] & (offs_c < C)[None, :], other=0.0)
+    elif MASK:
+        k = tl.load(p_kv, mask=(offs_n < kv_len)[:, None], other=0.0)
+    elif BLOCK_C != C:
+        k = tl.load(p_kv, mask=(offs_c < C)[None, :], other=0.0)
+    else:
+        k = tl.load(p_kv)
+    k_pe = k
+    if R > 0:
+        offs_r = tl.arange(0, BLOCK_R)
+        if PAGE % BLOCK_N == 0:
+            p_pe = kpe_ptr + page * kpe_stride_page + row[:, None] * kpe_stride_tok + offs_r[None, :]
+        else:
+            p_pe = kpe_ptr + (page * kpe_stride_page + row * kpe_stride_tok)[:, None] + offs_r[None, :]
+        if MASK and BLOCK_R != R:
+            k_pe = tl.load(p_pe, mask=(offs_n < kv_len)[:, None] & (offs_r < R)[None, :], other=0.0)
+        elif MASK:
+            k_pe = tl.load(p_pe, mask=(offs_n < kv_len)[:, None], other=0.0)
+        elif BLOCK_R != R:
+            k_pe = tl.load(p_pe, mask=(offs_r < R)[None, :], other=0.0)
+        else:
+            k_pe = tl.load(p_pe)
+    return k, k_pe
+
+
+@triton.jit
+def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
+            R: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SWAP: tl.constexpr,
+            COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
+    """One tile of the online softmax. row_end: first token that each row may not see. Scores are in base 2."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    ROWS: tl.constexpr = 1 if SWAP else 0
+    COLS: tl.constexpr = 0 if SWAP else 1
+    v = _convert(k, DECODE, COMPUTE)
+    if not QK_NATIVE:
+        k = v
+        k_pe = _convert(k_pe, DECODE, COMPUTE)
+    if SWAP:
+        s = tl.dot(k, tl.trans(q))
+        if R > 0:
+            s = tl.dot(k_pe, tl.trans(q_pe), s)
+    else:
+        s = tl.dot(q, tl.trans(k))
+        if R > 0:
+            s = tl.dot(q_pe, tl.trans(k_pe), s)
+    if CAP:
+        # cap·tanh(x/cap), as 2·sigmoid(2x) - 1; qk_scale and logit_cap are in natural units here
+        s = logit_cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E * qk_scale / logit_cap))) - 1.0) * LOG2E
+        scale = 1.0
+    else:
+        scale = qk_scale * LOG2E
+    if MASK:
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        s = tl.where(tl.expand_dims(offs_n, ROWS) < tl.expand_dims(row_end, COLS), s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, COLS) * scale)
+    if MASK:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+    else:
+        shift = m_new
+    alpha = tl.exp2(m - shift)
+    p = tl.exp2(s * scale - tl.expand_dims(shift, COLS))
+    l = l * alpha + tl.sum(p, COLS)
+    acc = acc * tl.expand_dims(alpha, COLS)
+    if SWAP:
+        acc = tl.dot(tl.trans(v), p.to(COMPUTE), acc)
+    else:
+        acc = tl.dot(p.to(COMPUTE), v, acc)
+    return acc, m_new, l
+
+
+@triton.jit
+def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile, last_tile,
+                  kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
+                  qk_scale, logit_cap, DIAGONAL: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, CAP: tl.constexpr,
+                  SWAP: tl.constexpr, COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
+    """The tiles that need a mask: [clear_tile, full_tile) cross the causal diagonal, full_tile is partly filled."""
+    TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # a page
+    if DIAGONAL:
+        for tile in tl.range(clear_tile, full_tile, num_stages=1):
+            if TMA:
+                row = tl.load(pages_ptr + tile // TILES).to(tl.int32) * PAGE + (tile % TILES) * BLOCK_N
+                k = kv_desc.load([row, kv_col])
+                k_pe = k
+                if R > 0:
+                    k_pe = kpe_desc.load([row, pe_col])
+            else:
+                k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
+                                     kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
+                                     False)  # fmt: skip
+            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, tile * BLOCK_N, qk_scale, logit_cap,
+                                R, BLOCK_N, True, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+
+    if full_tile < last_tile:
+        k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, full_tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
+                             kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE, True)  # fmt: skip
+        acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, full_tile * BLOCK_N, qk_scale, logit_cap,
+                            R, BLOCK_N, True, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+    return acc, m, l
+
+
+@triton.jit
+def decode_splitk(
+    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
+    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
+    kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+    total_rows, max_q_len, num_splits, min_tiles, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+    G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+    COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
+):  # fmt: skip
+    LOG2E: tl.constexpr = 1.4426950408889634
+    row_blocks = tl.cdiv(max_q_len * G, BLOCK_M)
+    pid = tl.program_id(0)
+    row_block = pid % row_blocks
+    kvh = (pid // row_blocks) % NUM_KV_HEADS
+    split = (pid // (row_blocks * NUM_KV_HEADS)) % num_splits
+    b = pid // (row_blocks * NUM_KV_HEADS * num_splits)
+
+    length, first = _seq_bounds(b, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    if kv_indptr_ptr is None:
+        pages_ptr = table_ptr + b.to(tl.int64) * table_stride
+    else:
+        pages_ptr = table_ptr + first
+    if qo_indptr_ptr is None:
+        q_len = max_q_len
+        q_first = b * max_q_len
+    else:
+        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
+        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+    kv_len = _visible(length, cp_rank, cp_world, CP)
+    tiles, per_split = _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N)
+    first_tile = split * per_split
+    if (row_block * BLOCK_M >= q_len * G) or ((first_tile >= tiles) and (split > 0)):
+        return
+
+    # rows of this program: (query token, head), head fastest
+    offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_ok = offs_m < q_len * G
+    tok = offs_m // G
+    head = kvh * G + offs_m % G
+    q_tok = (q_first + tok).to(tl.int64)
+    offs_c = tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, BLOCK_R)
+    p_q = q_ptr + q_tok * q_stride_t + head * q_stride_h
+    q = tl.load(p_q[:, None] + offs_c[None, :], mask=row_ok[:, None] & (offs_c < C)[None, :], other=0.0)
+    q = _convert(q, Q_DECODE, q.dtype if QK_NATIVE else COMPUTE)
+    q_pe = q
+    if R > 0:
+        p_pe = q_pe_ptr + q_tok * q_pe_stride_t + head * q_pe_stride_h
+        q_pe = tl.load(p_pe[:, None] + offs_r[None, :], mask=row_ok[:, None] & (offs_r < R)[None, :], other=0.0)
+        q_pe = _convert(q_pe, Q_DECODE, q_pe.dtype if QK_NATIVE else COMPUTE)
+    if q_scale_ptr is not None:
+        qk_scale *= tl.load(q_scale_ptr)
+    if kv_scale_ptr is not None:
+        kv_scale = tl.load(kv_scale_ptr)
+        qk_scale *= kv_scale
+        v_scale *= kv_scale
+
+    # tiles [first_tile, clear_tile) are seen whole by every row, [clear_tile, full_tile) cross the causal diagonal,
+    # and the one after full_tile, if any, is partly filled
+    last_tile = tl.minimum(first_tile + per_split, tiles)
+    full_tile = tl.maximum(tl.minimum(kv_len // BLOCK_N, last_tile), first_tile)
+    clear_tile = full_tile
+    row_end = tl.full((BLOCK_M,), 0, tl.int32) + kv_len
+    if CAUSAL and MULTI:
+        row_end = _visible(length - q_len + 1 + tok, cp_rank, cp_world, CP)
+        clear = _visible(length - q_len + 1 + row_block * BLOCK_M // G, cp_rank, cp_world, CP)
+        clear_tile = tl.maximum(tl.minimum(clear // BLOCK_N, full_tile), first_tile)
+        row_end = tl.minimum(row_end, kv_len)
+
+    if SWAP:
+        acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    kv_ptr += kvh.to(tl.int64) * kv_stride_head
+    kpe_ptr += kvh.to(tl.int64) * kpe_stride_head
+
+    TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # a page
+    kv_col = (kvh * kv_stride_head).to(tl.int32)
+    pe_col = (kvh * kpe_stride_head).to(tl.int32)
+    if MASKED_FIRST:
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
+                                  last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
+                                  kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
+                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+    if TMA:
+        page = tl.load(pages_ptr + first_tile // TILES, mask=first_tile < clear_tile, other=0).to(tl.int32)
+        for tile in tl.range(first_tile, clear_tile, num_stages=STAGES):
+            # the next page id is on its way while this tile is multiplied
+            ahead = tl.load(pages_ptr + tl.minimum(tile + 1, clear_tile - 1) // TILES).to(tl.int32)
+            row = page * PAGE + (tile % TILES) * BLOCK_N
+            k = kv_desc.load([row, kv_col])
+            k_pe = k
+            if R > 0:
+                k_pe = kpe_desc.load([row, pe_col])
+            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
+                                R, BLOCK_N, False, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+            page = ahead
+    else:
+        for tile in tl.range(first_tile, clear_tile, num_stages=STAGES):
+            k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
+                                 kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
+                                 False)  # fmt: skip
+            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
+                                R, BLOCK_N, False, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+
+    if not MASKED_FIRST:
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
+                                  last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
+                                  kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
+                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+
+    if PDL:
+        gdc_launch_dependents()
+    whole = tiles <= per_split
+    lse = m + tl.log2(l)  # base 2; -inf for a row that saw nothing
+    denominator = l
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head, mask=row_ok, other=0.0) * LOG2E
+        if whole:
+            denominator += tl.exp2(tl.minimum(sink - m, 126.0))
+    scale = tl.where(l > 0, v_scale / denominator, 0.0)
+    if SWAP:
+        o = tl.trans(acc * scale[None, :])
+    else:
+        o = acc * scale[:, None]
+    ok = row_ok[:, None] & (offs_c < C)[None, :]
+    if whole:
+        p_out = out_ptr + q_tok * out_stride_t + head * out_stride_h
+        tl.store(p_out[:, None] + offs_c[None, :], o.to(out_ptr.dtype.element_ty), mask=ok)
+        if HAS_LSE:
+            tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok)
+    else:
+        slot = split.to(tl.int64) * total_rows + q_tok * (G * NUM_KV_HEADS) + head
+        tl.store(part_ptr + slot[:, None] * C + offs_c[None, :], o, mask=ok)
+        tl.store(part_lse_ptr + slot, lse, mask=row_ok)
+
+
+@triton.jit
+def combine(
+    lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, total_rows, max_q_len, num_splits, min_tiles, cp_rank, cp_world, lse_mul,
+    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS_POW2: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Sums the partials of one (token, head) and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M), in order."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
+    pid = tl.program_id(0)
+    column = pid % COLUMNS
+    head = (pid // COLUMNS) % H
+    tok = (pid // (COLUMNS * H)) % max_q_len
+    b = pid // (COLUMNS * H * max_q_len)
+    length, _ = _seq_bounds(b, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    kv_len = _visible(length, cp_rank, cp_world, CP)
+    tiles, per_split = _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N)
+    used = tl.cdiv(tiles, per_split)
+    q_tok = b * max_q_len + tok
+    q_len = max_q_len
+    if qo_indptr_ptr is not None:
+        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
+        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+        q_tok = q_first + tok
+    if (used <= 1) or (tok >= q_len):
+        return
+    if PDL:
+        gdc_wait()
+
+    row = q_tok.to(tl.int64) * H + head
+    offs = tl.arange(0, SPLITS_POW2)
+    lses = tl.load(part_lse_ptr + offs.to(tl.int64) * total_rows + row, mask=offs < used, other=float("-inf"))
+    top = tl.max(lses, 0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.sum(tl.exp2(lses - shift), 0)
+    offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for s0 in tl.range(0, used, BLOCK_S):
+        offs_s = s0 + tl.arange(0, BLOCK_S)
+        slot = offs_s.to(tl.int64) * total_rows + row
+        weight = tl.exp2(tl.load(part_lse_ptr + slot, mask=offs_s < used, other=float("-inf")) - shift)
+        ok = (offs_s < used)[:, None] & (offs_d < C)[None, :]
+        part = tl.load(part_ptr + slot[:, None] * C + offs_d[None, :], mask=ok, other=0.0)
+        acc += tl.sum(part * weight[:, None], 0)
+    denominator = total
+    if sinks_ptr is not None:
+        denominator += tl.exp2(tl.minimum(tl.load(sinks_ptr + head) * LOG2E - shift, 126.0))
+    o = tl.where(total > 0, acc / denominator, 0.0)
+    p_out = out_ptr + q_tok.to(tl.int64) * out_stride_t + head * out_stride_h
+    tl.store(p_out + offs_d, o.to(out_ptr.dtype.element_ty), mask=offs_d < C)
+    if HAS_LSE:
+        if column == 0:
+            tl.store(lse_ptr + q_tok.to(tl.int64) * lse_stride_t + head * lse_stride_h, (shift + tl.log2(total)) * lse_mul)

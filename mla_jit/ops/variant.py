@@ -1,0 +1,52 @@
+"""`Variant`: one way to compute an op, as a row of plain functions. The registry is the ops' tuples of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mla_jit.compile.artifact import Source
+from mla_jit.config import Config
+from mla_jit.launch.base import Launch
+from mla_jit.problem import Problem
+from mla_jit.target import Target
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the analytic model says of a config: bytes and FLOPs to move and do, programs, waves, predicted time."""
+
+    bytes: int
+    flops: int
+    programs: int
+    waves: float
+    time_us: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel family. `rejects` is the only legality predicate: search, default, `supports()` and errors use it.
+
+    `host`, where set, is the callable of a host variant (no source, no artifact): it takes `(problem, config, inputs)`.
+    """
+
+    name: str
+    op: str
+    backend: str  # "triton" | "asm" | "cpu"
+    rejects: Callable[[Any, Target, Config], str | None]
+    default: Callable[[Any, Target], Config]
+    sources: Callable[[Any, Target, Config], tuple[Source, ...]]
+    launches: Callable[[Any, Target, Config], tuple[Launch, ...]]
+    workspace_bytes: Callable[[Any, Target, Config], int]
+    cost: Callable[[Any, Target, Config], Cost]
+    numbers: Callable[[Any, Config], dict[str, int]] = lambda problem, config: {}  # run-time numbers that a config fixes
+    offsets: Callable[[Any, Config], dict[str, int]] = lambda problem, config: {}  # where workspace buffers start, bytes
+    revision: int = 1  # raised whenever a change of the template makes older measurements stale
+    space: dict[str, tuple[int | str | bool, ...]] = field(default_factory=dict, compare=False, hash=False)
+    host: Callable[[Any, Config, Any], None] | None = None
+
+
+def explain_rejection(variant: Variant, problem: Problem, target: Target) -> str | None:
+    """The reason why a variant cannot serve a problem with its own default config, or None."""
+    return variant.rejects(problem, target, variant.default(problem, target))

@@ -1,0 +1,182 @@
+"""From a problem to a loaded, bound `Executable`: which variant and config, compiled or found, memoised.
+
+A choice is frozen at its first resolve in a process. `supports` and `Dispatch` say why it was made.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mla_jit import launch, ops
+from mla_jit.compile import cache
+from mla_jit.compile.artifact import Artifact, Source
+from mla_jit.config import Config
+from mla_jit.errors import CompileError, NoVariant
+from mla_jit.launch.base import Binding, Bound
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import Problem
+from mla_jit.target import Target
+
+_MOST = 8192  # resolved problems kept; sizes are bucketed, so a serving process has hundreds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A variant with a config for a problem: where the config came from, and why the others were not taken."""
+
+    variant: Variant
+    config: Config
+    provenance: str  # "default"
+    rejected: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What served a call. `origins` says of each kernel "memory", "disk", "layer" or "compiled"; times in seconds."""
+
+    problem: Problem
+    target: str
+    variant: str
+    backend: str
+    config: Config
+    provenance: str
+    rejected: dict[str, str]
+    kernels: tuple[Artifact, ...]
+    origins: tuple[str, ...]
+    workspace_bytes: int
+    compile_s: float
+    resolve_s: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.variant} on {self.target}: {self.problem}", f"  config ({self.provenance}): {self.config}"]
+        for kernel, origin in zip(self.kernels, self.origins, strict=True):
+            lines.append(
+                f"  {kernel.name}: {origin}, {kernel.registers} registers, {kernel.spill_bytes} B spilled, "
+                f"{kernel.smem_bytes} B shared memory, {kernel.threads} threads, key {kernel.key[:16]}"
+            )
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether a problem can be served. `reasons`: by variant, why not (empty for those that can)."""
+
+    ok: bool
+    variant: str | None
+    reasons: dict[str, str]
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def choose(problem: Problem, target: Target) -> Choice:
+    """The cheapest variant, by its own model, that accepts the problem with its default config. Raises NoVariant."""
+    rejected: dict[str, str] = {}
+    best: tuple[float, Variant, Config] | None = None
+    for variant in ops.variants(problem.op):
+        config = variant.default(problem, target)
+        if (reason := variant.rejects(problem, target, config)) is not None:
+            rejected[variant.name] = reason
+            continue
+        time_us = variant.cost(problem, target, config).time_us
+        if best is not None and best[0] <= time_us:
+            rejected[variant.name] = f"{time_us:.1f} us predicted, {best[1].name} {best[0]:.1f} us"
+            continue
+        if best is not None:
+            rejected[best[1].name] = f"{best[0]:.1f} us predicted, {variant.name} {time_us:.1f} us"
+        best = (time_us, variant, config)
+    if best is None:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
+        raise NoVariant(f"nothing can serve {problem} on {target.name}. {reasons}", rejected)
+    return Choice(best[1], best[2], "default", rejected)
+
+
+def supports(problem: Problem, target: Target) -> Support:
+    """Whether any variant accepts the problem on this target, from the variants' own predicates; compiles nothing."""
+    try:
+        choice = choose(problem, target)
+    except NoVariant as error:
+        return Support(False, None, error.reasons)
+    return Support(True, choice.variant.name, choice.rejected)
+
+
+class Executable:
+    """A problem with its compiled kernels. `bind` loads them on a device and packs what a call signature fixes."""
+
+    def __init__(self, problem: Problem, target: Target, choice: Choice, artifacts: Sequence[Artifact], dispatch: Dispatch):
+        self.problem, self.target, self.dispatch = problem, target, dispatch
+        self.variant, self.config = choice.variant, choice.config
+        self.artifacts = tuple(artifacts)
+        self.workspace_bytes = dispatch.workspace_bytes
+        self.offsets = choice.variant.offsets(problem, choice.config)
+
+    def bind(self, binding: Binding, device: int) -> Bound:
+        """The launches of this problem on a device, with strides and sizes packed."""
+        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.config)}
+        launches = self.variant.launches(self.problem, self.target, self.config)
+        runtime = launch.runtime(self.target.runtime)
+        return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
+
+    def load(self, device: int) -> None:
+        """Loads the kernels on a device, so that a later call under graph capture finds them there."""
+        for artifact in self.artifacts:
+            launch.runtime(self.target.runtime).load(artifact, device)
+
+
+_memo: dict[tuple[Problem, Target], Executable] = {}
+_lock = threading.Lock()
+
+
+def executable_for(problem: Problem, target: Target, *, forbid_compile: str | None = None) -> Executable:
+    """The executable of a problem; resolves, compiles or reads from the cache at the first call. Thread-safe.
+
+    `forbid_compile` is a reason, such as graph capture, for which a miss raises CacheMiss instead. Raises NoVariant,
+    CompileError, CacheMiss.
+    """
+    found = _memo.get((problem, target))
+    if found is not None:
+        return found
+    made = make(problem, target, choose(problem, target), forbid_compile=forbid_compile)
+    with _lock:
+        if len(_memo) >= _MOST:
+            _memo.clear()
+        return _memo.setdefault((problem, target), made)
+
+
+def make(problem: Problem, target: Target, choice: Choice, *, forbid_compile: str | None = None) -> Executable:
+    """The executable of a given choice; not memoised (the tuner's way in)."""
+    started = time.perf_counter()
+    artifacts: list[Artifact] = []
+    origins: list[str] = []
+    compile_s = 0.0
+    for source in choice.variant.sources(problem, target, choice.config):
+        artifact, origin = _build(source, problem, forbid_compile)
+        artifacts.append(artifact)
+        origins.append(origin)
+        compile_s += artifact.compile_seconds if origin == "compiled" else 0.0
+    dispatch = Dispatch(
+        problem=problem, target=target.name, variant=choice.variant.name, backend=choice.variant.backend, config=choice.config,
+        provenance=choice.provenance, rejected=choice.rejected, kernels=tuple(artifacts), origins=tuple(origins),
+        workspace_bytes=choice.variant.workspace_bytes(problem, target, choice.config), compile_s=compile_s,
+        resolve_s=time.perf_counter() - started,
+    )  # fmt: skip
+    return Executable(problem, target, choice, artifacts, dispatch)
+
+
+def _build(source: Source, problem: Problem, forbid_compile: str | None) -> tuple[Artifact, str]:
+    try:
+        return cache.build_traced(source, forbid_compile=forbid_compile)
+    except CompileError as error:
+        error.add_note(f"while serving {problem}") if hasattr(error, "add_note") else None
+        raise
+
+
+def forget() -> None:
+    """Drops all resolved executables of the process: the next calls resolve again (for tests and `reload`)."""
+    with _lock:
+        _memo.clear()

@@ -1,0 +1,132 @@
+"""`Problem`: the mathematics and the shapes of one call, and the checks that refuse a bad one before any launch.
+
+A problem is made from tensors (`decode_from_tensors`) or by hand (`DecodeProblem(...)`, for `warmup`, `supports` and
+`mla-tune compile`); both give the same binary. Contents of tensors are never read: lengths live on the device.
+torch is not imported here; tensors are asked for their attributes only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mla_jit import dtypes
+from mla_jit.errors import InvalidInput
+from mla_jit.layouts import LAYOUTS
+
+ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk copy's base
+
+
+def bucket(n: int) -> int:
+    """The least power of two that is not less than n (0 stays 0): the granularity of sizes that change from call to call."""
+    return 1 << (n - 1).bit_length() if n > 1 else n
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise InvalidInput(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Base of every op's problem; `op` names the op, `fields()` its columns."""
+
+    op: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeProblem(Problem):
+    """Decode: `num_heads` query heads over `num_kv_heads` latent caches of kv_lora_rank + rope_dim, q_len tokens each.
+
+    What is computed: kv_lora_rank (C), rope_dim (R), causal, soft_cap (a logit cap is given), sinks, lse (wanted),
+    q_scale / kv_scale (given as device tensors; floats are folded in), context_parallel (cp_world > 1).
+    How it lies in memory: dtypes, page_size, layout (a row of layouts.py), q_split ((q_nope, q_pe) given), paging
+    ("table": padded [B, pages]; "csr": kv_indptr + kv_indices), has_lens (seq_lens given), ragged (qo_indptr given),
+    misaligned (names of operands whose base or strides are not multiples of 16 bytes), flat_pages (a token's place is
+    (page · page_size + slot) · token stride, as a bulk copy needs), index64 (page table or lengths are int64).
+    How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity),
+    total_kv (a hint, or None), num_kv_splits (the caller's wish, or None), batch_invariant.
+    """
+
+    op: str = "decode"
+    num_heads: int
+    kv_lora_rank: int = 512
+    rope_dim: int = 64
+    num_kv_heads: int = 1
+    q_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    out_dtype: str = "bf16"
+    page_size: int = 64
+    layout: str = "joint"
+    q_split: bool = False
+    paging: str = "table"
+    has_lens: bool = True
+    ragged: bool = False
+    causal: bool = True
+    soft_cap: bool = False
+    sinks: bool = False
+    lse: bool = False
+    q_scale: bool = False
+    kv_scale: bool = False
+    context_parallel: bool = False
+    misaligned: tuple[str, ...] = ()
+    flat_pages: bool = True
+    index64: tuple[str, ...] = ()
+    batch: int = 1
+    q_len: int = 1
+    max_kv_len: int = 4096
+    total_kv: int | None = None
+    num_kv_splits: int | None = None
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
+        _check(self.num_kv_heads >= 1, f"num_kv_heads is {self.num_kv_heads}; it must be at least 1")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_heads} query heads cannot be shared by {self.num_kv_heads} KV heads: not a multiple",
+        )
+        _check(self.kv_lora_rank >= 16, f"kv_lora_rank is {self.kv_lora_rank}; the least is 16")
+        _check(self.rope_dim >= 0, f"rope_dim is {self.rope_dim}; it must not be negative")
+        _check(self.page_size >= 1, f"page_size is {self.page_size}; it must be at least 1")
+        _check(self.q_len >= 0 and self.batch >= 0 and self.max_kv_len >= 0, "batch, q_len and max_kv_len must be >= 0")
+        for name in ("q_dtype", "kv_dtype", "out_dtype"):
+            value = getattr(self, name)
+            _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
+        _check(self.layout in LAYOUTS, f"layout {self.layout!r} is unknown; known: {', '.join(LAYOUTS)}")
+        _check(self.paging in ("table", "csr"), f"paging {self.paging!r} is unknown; use 'table' or 'csr'")
+        _check(
+            self.num_kv_splits is None or self.num_kv_splits >= 1,
+            f"num_kv_splits is {self.num_kv_splits}; it must be at least 1, or None to let the tuner choose",
+        )
+        _check(
+            not (self.sinks and self.context_parallel),
+            "sinks with cp_world > 1 would be counted once a rank; merge the ranks' partial outputs first, then add them",
+        )
+
+    @property
+    def gqa_ratio(self) -> int:
+        """Query heads a KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Packed rows a sequence and KV head: query tokens × heads."""
+        return self.gqa_ratio * self.q_len
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_lora_rank + self.rope_dim
+
+    def __str__(self) -> str:
+        length = f"kv<={self.max_kv_len}"
+        q = f"q_len {self.q_len}{' ragged' if self.ragged else ''}"
+        return (
+            f"decode {self.num_heads} heads/{self.num_kv_heads} × {self.kv_lora_rank}+{self.rope_dim}, "
+            f"{self.q_dtype}×{self.kv_dtype}, page {self.page_size}, batch {self.batch}, {q}, {length}"
+        )

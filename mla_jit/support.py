@@ -1,0 +1,243 @@
+"""The support matrix: op × dtypes × target × backend, and what has been shown of each cell.
+
+Whether a cell is refused comes from the variants' own predicate. What was shown comes from tuning_db/evidence.jsonl, whose
+rows `prove` makes by really compiling or running a cell's problems; a row counts for the variant's present revision only.
+The command is quick because it reads; a test compiles every cell and holds the file to that.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mla_jit import ahead, ops, resources, target
+from mla_jit.compile import triton as toolchain
+from mla_jit.dtypes import DTYPES
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import DecodeProblem
+from mla_jit.target import Target
+
+STATES = ("refused", "unproven", "compiled", "executed", "measured")
+LABELS = {"refused": "–", "unproven": "?", "compiled": "compiled", "executed": "executed", "measured": "**measured**"}
+DTYPE_PAIRS = (
+    ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp8_e4m3"), ("fp16", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"),
+    ("bf16", "fp8_e4m3fnuz"), ("fp16", "fp8_e4m3fnuz"), ("fp8_e4m3fnuz", "fp8_e4m3fnuz"),
+)  # fmt: skip
+BACKENDS = ("triton", "cpu")
+HEADS = (16, 128)  # memory-bound and compute-bound: a block of rows for each
+EVIDENCE = ("tuning_db", "evidence.jsonl")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A row of tuning_db/evidence.jsonl: `what` was shown of a variant (its revision) with these dtypes on a target."""
+
+    op: str
+    q_dtype: str
+    kv_dtype: str
+    target: str
+    backend: str
+    variant: str
+    revision: int
+    what: str  # "compiled" | "executed" | "measured"
+    date: str
+    device: str
+    toolchain: str
+    command: str
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.op, self.q_dtype, self.kv_dtype, self.target, self.backend
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell. `reason` is set for a refused one, `evidence` for one of which something was shown."""
+
+    op: str
+    q_dtype: str
+    kv_dtype: str
+    target: str
+    backend: str
+    state: str
+    reason: str = ""
+    evidence: Evidence | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.op, self.q_dtype, self.kv_dtype, self.target, self.backend
+
+
+def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[DecodeProblem, ...]:
+    """What stands for a cell: few and many heads, whole pages and single tokens, a plain and a multi-token call."""
+    assert op == "decode", op
+    out = "bf16" if DTYPES[q_dtype].bits == 8 else q_dtype
+    base = {"q_dtype": q_dtype, "kv_dtype": kv_dtype, "out_dtype": out, "lse": True, "batch": 2, "max_kv_len": 512}
+    few, many = HEADS
+    return (
+        DecodeProblem(num_heads=few, page_size=64, **base),  # type: ignore[arg-type]
+        DecodeProblem(num_heads=many, page_size=64, **base),  # type: ignore[arg-type]
+        DecodeProblem(num_heads=few, page_size=1, paging="csr", has_lens=False, q_len=2, **base),  # type: ignore[arg-type]
+    )
+
+
+@functools.cache
+def evidence() -> dict[tuple[str, ...], Evidence]:
+    """The rows that are shipped, by cell."""
+    lines = resources.path(*EVIDENCE).read_text(encoding="utf-8").splitlines()
+    rows = [Evidence(**json.loads(line)) for line in lines if line.strip()]
+    return {row.key: row for row in rows}
+
+
+def matrix() -> list[Cell]:
+    """Every cell, in the order of the tables above. Compiles and runs nothing."""
+    return [
+        _cell(op, q, kv, backend, there)
+        for op in ops.OPS
+        for backend in BACKENDS
+        for q, kv in DTYPE_PAIRS
+        for there in target.targets().values()
+    ]
+
+
+def _cell(op: str, q: str, kv: str, backend: str, there: Target) -> Cell:
+    reason = f"no variant of the backend {backend}"
+    for variant in ops.variants(op):
+        if variant.backend != backend:
+            continue
+        if (reason := _refusal(variant, op, q, kv, there)) == "":
+            row = evidence().get((op, q, kv, there.name, backend))
+            shown = row is not None and (row.variant, row.revision) == (variant.name, variant.revision)
+            return Cell(op, q, kv, there.name, backend, row.what if row and shown else "unproven", "", row if shown else None)
+    return Cell(op, q, kv, there.name, backend, "refused", reason)
+
+
+def _refusal(variant: Variant, op: str, q: str, kv: str, there: Target) -> str:
+    """Why the variant refuses any of the cell's problems, or ""."""
+    for problem in problems(op, q, kv):
+        if (reason := variant.rejects(problem, there, variant.default(problem, there))) is not None:
+            return reason
+    return ""
+
+
+def prove(cells: Iterable[Cell], *, workers: int | None = None) -> tuple[list[Evidence], dict[Cell, str]]:
+    """Shows what can be shown here: compiles each cell that is not refused, and runs those of this machine's target.
+
+    (rows, failures). A cell whose kernels compile but are wrong here is a failure.
+    """
+    here, rows, failures = target.here(), [], {}
+    for cell in cells:
+        if cell.state == "refused":
+            continue
+        there = here if cell.target == here.name else target.by_name(cell.target)
+        variant = variant_of(cell)
+        jobs = jobs_of(cell)
+        faults = [built.error for built in ahead.build_all(jobs, workers=workers) if not built.ok]
+        executed = cell.target == here.name and not faults
+        if executed:
+            these = problems(cell.op, cell.q_dtype, cell.kv_dtype)
+            faults = [fault for problem in these if (fault := _execute(problem, there, variant)) is not None]
+        if faults:
+            failures[cell] = "; ".join(faults)
+            continue
+        rows.append(
+            Evidence(
+                *cell.key, variant=variant.name, revision=variant.revision, what="executed" if executed else "compiled",
+                date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                device=there.device if executed else "none", toolchain=toolchain.version() if jobs else "torch",
+                command="mla-tune support --prove",
+            )
+        )  # fmt: skip
+    return rows, failures
+
+
+def variant_of(cell: Cell) -> Variant:
+    """The variant that serves a cell. StopIteration for a refused one."""
+    there = target.by_name(cell.target)
+    return next(
+        v
+        for v in ops.variants(cell.op)
+        if v.backend == cell.backend and not _refusal(v, cell.op, cell.q_dtype, cell.kv_dtype, there)
+    )
+
+
+def jobs_of(cell: Cell) -> list[ahead.Job]:
+    """The kernels of the problems that stand for a cell, with the variant's default configs."""
+    there, variant = target.by_name(cell.target), variant_of(cell)
+    jobs: dict[str, ahead.Job] = {}
+    for problem in problems(cell.op, cell.q_dtype, cell.kv_dtype):
+        for source in variant.sources(problem, there, variant.default(problem, there)):
+            jobs.setdefault(source.key, ahead.Job(there.name, source, problem))
+    return list(jobs.values())
+
+
+def _execute(problem: DecodeProblem, there: Target, variant: Variant) -> str | None:
+    """What is wrong with the result of a random call of the problem on this machine, or None."""
+    import mla_jit
+    from mla_jit import trial
+
+    call = trial.make_call(problem, "cpu" if there.runtime == "cpu" else "cuda")
+    out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
+    dispatch = mla_jit.last_dispatch()
+    if dispatch is None or dispatch.variant != variant.name:
+        return f"{problem} was served by {dispatch.variant if dispatch else None}, not by {variant.name}"
+    judged = trial.judge(call, out, lse)
+    return None if judged.ok else f"{problem}: relative L2 {judged.rel_l2:.2e}, LSE {judged.lse_error:.2e}"
+
+
+def merged(old: Iterable[Evidence], new: Iterable[Evidence]) -> list[Evidence]:
+    """Rows sorted by cell; a new one replaces an old one of another revision, or that shows no more than it."""
+    rows = {row.key: row for row in old}
+    for row in new:
+        before = rows.get(row.key)
+        stale = before is None or (before.variant, before.revision) != (row.variant, row.revision)
+        if stale or STATES.index(before.what) <= STATES.index(row.what):  # type: ignore[union-attr]
+            rows[row.key] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def write_evidence(rows: Iterable[Evidence]) -> None:
+    """Replaces the shipped file (a checkout's)."""
+    text = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+    resources.path(*EVIDENCE).write_text(text, encoding="utf-8")
+    evidence.cache_clear()
+
+
+def as_json(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """The cells as plain JSON data."""
+    return [asdict(cell) for cell in cells]
+
+
+def markdown(cells: Sequence[Cell]) -> str:
+    """A table an op and backend: a row a dtype pair, a column a target; below it why cells are refused."""
+    lines: list[str] = []
+    for op, backend in dict.fromkeys((cell.op, cell.backend) for cell in cells):
+        table = [cell for cell in cells if (cell.op, cell.backend) == (op, backend)]
+        served = {cell.target for cell in table if cell.state != "refused"}
+        columns = [name for name in dict.fromkeys(cell.target for cell in table) if name in served]
+        notes: dict[str, int] = {}
+        lines += [f"| {op}, {backend}: q × cache | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        for q, kv in dict.fromkeys((cell.q_dtype, cell.kv_dtype) for cell in table):
+            texts = []
+            for cell in table:
+                if (cell.q_dtype, cell.kv_dtype) == (q, kv) and cell.target in served:
+                    note = notes.setdefault(_general(cell), len(notes) + 1) if cell.state == "refused" else 0
+                    texts.append(LABELS[cell.state] + (f" ({note})" if note else ""))
+            lines.append(f"| {q} × {kv} | " + " | ".join(texts) + " |")
+        lines += ["", *(f"({number}) {reason}." for reason, number in notes.items())]
+        elsewhere = {_general(cell): [] for cell in table if cell.target not in served}  # type: dict[str, list[str]]
+        for cell in table:
+            if cell.target not in served and cell.target not in elsewhere[_general(cell)]:
+                elsewhere[_general(cell)].append(cell.target)
+        lines += [f"Refused on {', '.join(names)}: {reason}." for reason, names in elsewhere.items()]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def _general(cell: Cell) -> str:
+    """A refusal's reason without the target's name, so that one note serves a row."""
+    return cell.reason.replace(cell.target, "this target")

@@ -1,0 +1,92 @@
+"""`Target`: a row of configs/targets.yaml, and the only place that finds out which architecture a device is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+from mla_jit import resources, settings
+from mla_jit.errors import UnknownTarget
+
+SHOWCASE = ("sm_90", "gfx942", "gfx950")  # what `mla-tune quickstart` cross-compiles for
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture, or one device of it. Sizes in bytes, bandwidth in GB/s, rates in dense TFLOP/s."""
+
+    name: str
+    isa: str
+    triton: tuple[str | int, ...]
+    runtime: str
+    device: str
+    sms: int
+    smem_bytes: int
+    smem_sm_bytes: int
+    registers_sm: int
+    registers: int
+    l2_bytes: int
+    bandwidth_gbps: float
+    bf16_tflops: float
+    fp8_tflops: float
+    launch_us: float
+    dtypes: tuple[str, ...]
+    features: tuple[str, ...]
+    mma: tuple[str, ...]
+    source: str = dataclasses.field(compare=False, hash=False, default="")
+
+    def has(self, feature: str) -> bool:
+        return feature in self.features
+
+
+@functools.cache
+def targets() -> dict[str, Target]:
+    """All rows of configs/targets.yaml by name."""
+    rows = resources.load_yaml("configs", "targets.yaml")
+    return {
+        name: Target(name=name, **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+        for name, row in rows.items()
+    }
+
+
+@functools.cache
+def by_name(name: str) -> Target:
+    """The row of a target's name or ISA ("sm_90" and "sm_90a" are one). UnknownTarget lists what there is."""
+    for row in targets().values():
+        if name in (row.name, row.isa):
+            return row
+    raise UnknownTarget(f"no target {name!r}; configs/targets.yaml has {', '.join(targets())}. A new architecture is a new row")
+
+
+@functools.cache
+def of_device(device_type: str, index: int = 0) -> Target:
+    """The target of a torch device ("cuda", 0), with the SM count and shared memory that the device itself reports.
+
+    The setting `target` overrides the detection. Raises UnknownTarget.
+    """
+    if (forced := settings.current().target) is not None:
+        return by_name(forced)
+    if device_type == "cpu":
+        return by_name("cpu")
+    if device_type != "cuda":  # ROCm builds of torch call their devices "cuda" too
+        raise UnknownTarget(f"tensors on a {device_type!r} device are not supported; move them to a GPU or to the CPU")
+    import torch
+
+    props = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        row = by_name(props.gcnArchName.split(":")[0])
+    else:
+        row = by_name(f"sm_{props.major}{props.minor}")
+    smem = getattr(props, "shared_memory_per_block_optin", row.smem_bytes)
+    return dataclasses.replace(
+        row, device=props.name, sms=props.multi_processor_count, smem_bytes=min(row.smem_bytes, smem), source=row.source
+    )
+
+
+def here() -> Target:
+    """This machine's target: its first GPU where torch sees one, else `cpu`."""
+    if (forced := settings.current().target) is not None:
+        return by_name(forced)
+    import torch
+
+    return of_device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else by_name("cpu")

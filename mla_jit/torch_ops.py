@@ -1,0 +1,115 @@
+"""The operators `torch.ops.mla_jit.decode` and `decode_out`, through which a compiled graph calls `mla_jit.decode`.
+
+`decode` is functional and always returns (out, lse); `decode_out` writes into the caller's tensors. Their arguments are
+those of `mla_jit.decode` in the form that an operator's schema knows: a pair (q_nope, q_pe) is `q` and `q_pe`, a pair
+(ckv, kpe) is `kv_cache` and `kpe`, and a scale is a tensor (`q_scale`) or else a float (`q_scale_value`). Eager calls
+never come here: they bypass the dispatcher. Registered once a process, when this module is first imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from mla_jit import api
+from mla_jit.errors import InvalidInput
+
+_INPUTS = (
+    "Tensor q, Tensor? q_pe, Tensor kv_cache, Tensor? kpe, *, int kv_lora_rank, float sm_scale, "
+    "Tensor? block_table=None, Tensor? seq_lens=None, Tensor? kv_indptr=None, Tensor? kv_indices=None, "
+    "Tensor? kv_last_page_lens=None, Tensor? qo_indptr=None, SymInt? max_q_len=None, SymInt? max_kv_len=None, "
+    "SymInt? total_kv=None, bool causal=True, float logit_cap=0.0, Tensor? sinks=None, Tensor? q_scale=None, "
+    "float? q_scale_value=None, Tensor? kv_scale=None, float? kv_scale_value=None, int cp_rank=0, int cp_world=1, "
+    'str lse_base="e", SymInt? num_kv_splits=None, bool batch_invariant=False'
+)
+SCHEMAS = {
+    "decode": f"decode({_INPUTS}, ScalarType? out_dtype=None) -> (Tensor out, Tensor lse)",
+    "decode_out": f"decode_out({_INPUTS}, Tensor(c!)? workspace=None, Tensor(a!) out, Tensor(b!)? lse=None) -> ()",
+}
+
+
+def _call(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, arguments: dict[str, Any]) -> Any:
+    """`api.decode` from an operator's arguments."""
+    for name in ("q_scale", "kv_scale"):
+        value = arguments.pop(f"{name}_value", None)
+        if arguments.get(name) is None:
+            arguments[name] = value
+    return api.decode(q if q_pe is None else (q, q_pe), kv_cache if kpe is None else (kv_cache, kpe), **arguments)
+
+
+def _decode(
+    q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    out, lse = _call(q, q_pe, kv_cache, kpe, arguments | {"return_lse": True})
+    return out, lse
+
+
+def _decode_out(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, **arguments: Any) -> None:
+    _call(q, q_pe, kv_cache, kpe, arguments)
+
+
+def _decode_fake(
+    q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, *, kv_lora_rank: int,
+    out_dtype: torch.dtype | None = None, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty_out(q, kv_lora_rank, out_dtype), _empty_lse(q)
+
+
+def _decode_out_fake(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, **_: Any) -> None:
+    return None
+
+
+def _empty_out(q: Tensor, kv_lora_rank: int, out_dtype: torch.dtype | None) -> Tensor:
+    """The `out` that `decode` allocates."""
+    if out_dtype is None:
+        out_dtype = torch.bfloat16 if q.element_size() == 1 else q.dtype
+    return q.new_empty((*q.shape[:-1], kv_lora_rank), dtype=out_dtype)
+
+
+def _empty_lse(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def traced_decode(
+    q: Any, kv_cache: Any, *, metadata: None = None, workspace: Tensor | None = None, out: Tensor | None = None,
+    lse: Tensor | None = None, out_dtype: torch.dtype | None = None, return_lse: bool = False, **arguments: Any,
+) -> Any:  # fmt: skip
+    """What `mla_jit.decode` does while torch.compile traces it: the same call and result through the operators."""
+    if metadata is not None:
+        raise InvalidInput("metadata is for the persistent scheduler, which this version does not have; pass None")
+    q_parts = tuple(q) if isinstance(q, (tuple, list)) else (q, None)
+    kv_parts = tuple(kv_cache) if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
+    if len(q_parts) != 2 or len(kv_parts) != 2:
+        raise InvalidInput("q and kv_cache are one tensor each or a pair: (q_nope, q_pe), (ckv, kpe)")
+    for name in ("q_scale", "kv_scale"):
+        if not isinstance(arguments[name], Tensor):
+            arguments[f"{name}_value"] = arguments.pop(name)
+    if out is None and lse is None and workspace is None:
+        made, made_lse = torch.ops.mla_jit.decode(*q_parts, *kv_parts, out_dtype=out_dtype, **arguments)
+        return (made, made_lse) if return_lse else made
+    if out is None:
+        out = _empty_out(q_parts[0], arguments["kv_lora_rank"], out_dtype)
+    elif out_dtype is not None and out_dtype != out.dtype:
+        raise InvalidInput(f"out is {out.dtype}, out_dtype asks for {out_dtype}")
+    if lse is None and return_lse:
+        lse = _empty_lse(q_parts[0])
+    torch.ops.mla_jit.decode_out(*q_parts, *kv_parts, workspace=workspace, out=out, lse=lse, **arguments)
+    return (out, lse) if return_lse else out
+
+
+def _register() -> Any:
+    """Defines the operators; they live as long as the returned library."""
+    new: Any = Library  # which is not annotated
+    library = new("mla_jit", "DEF")
+    for name, kernel, fake in (("decode", _decode, _decode_fake), ("decode_out", _decode_out, _decode_out_fake)):
+        library.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mla_jit::{name}", fake, lib=library)
+    return library
+
+
+# importlib.reload runs this module again in the same namespace; a second DEF of the operators would be an error.
+_library = globals().get("_library") or _register()

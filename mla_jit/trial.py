@@ -1,0 +1,113 @@
+"""A decode call with random tensors for a problem, and the judgement of its result against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mla_jit import dtypes
+from mla_jit.dtypes import DTYPES
+from mla_jit.ops.decode import reference
+from mla_jit.problem import DecodeProblem
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of `mla_jit.decode`: positional operands and keywords."""
+
+    q: Tensor
+    kv_cache: Tensor
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of the worst (token, head) row: relative L2 error, absolute LSE error, and their limits."""
+
+    rel_l2: float
+    rel_l2_limit: float
+    lse_error: float
+    lse_limit: float
+
+    @property
+    def ok(self) -> bool:
+        return self.rel_l2 <= self.rel_l2_limit and self.lse_error <= self.lse_limit
+
+
+def make_call(problem: DecodeProblem, device: str, *, seed: int = 0, sm_scale: float | None = None) -> Call:
+    """Random operands for a problem whose cache is one buffer: lengths up to max_kv_len, pages in random order.
+
+    Slots without a token are NaN, table entries without a page are page -1, and outputs start as NaN.
+    """
+    p, generator = problem, torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    lens = torch.randint(max(1, p.max_kv_len // 2), p.max_kv_len + 1, (p.batch,), generator=generator)
+    lens[0] = p.max_kv_len
+    used = (lens + p.page_size - 1) // p.page_size
+    pages = int(used.sum())
+    order = torch.randperm(pages, generator=generator).to(torch.int32)
+    indptr = torch.zeros(p.batch + 1, dtype=torch.int32)
+    indptr[1:] = used.cumsum(0)
+
+    cache = randn(pages, p.page_size, p.num_kv_heads, p.head_dim)
+    table = torch.full((p.batch, int(used.max())), -1, dtype=torch.int32)
+    for b, n in enumerate(lens.tolist()):
+        ids = order[indptr[b] : indptr[b + 1]]
+        table[b, : len(ids)] = ids
+        cache[ids[-1].long(), n - (len(ids) - 1) * p.page_size :] = float("nan")
+    q = randn(p.batch * p.q_len, p.num_heads, p.head_dim)
+
+    def placed(x: Tensor, dtype: str) -> Tensor:
+        return x.to(getattr(torch, DTYPES[dtype].torch)).to(device)
+
+    keywords: dict[str, Any] = {
+        "kv_lora_rank": p.kv_lora_rank,
+        "sm_scale": sm_scale if sm_scale is not None else p.head_dim**-0.5,
+        "causal": p.causal,
+        "return_lse": True,
+        "out": torch.full((p.batch * p.q_len, p.num_heads, p.kv_lora_rank), float("nan")),
+    }
+    keywords["out"] = placed(keywords["out"], p.out_dtype)
+    if not p.ragged:
+        q, keywords["out"] = (x.view(p.batch, p.q_len, p.num_heads, -1) for x in (q, keywords["out"]))
+    else:
+        keywords |= {"qo_indptr": _int32(range(0, p.batch * p.q_len + 1, p.q_len), device), "max_q_len": p.q_len}
+    if p.paging == "table":
+        keywords |= {"block_table": table.to(device), "seq_lens": lens.to(device, torch.int32)}
+    else:
+        last = lens - (used - 1) * p.page_size
+        keywords |= {"kv_indptr": indptr.to(device), "kv_indices": order.to(device), "kv_last_page_lens": last.to(device, torch.int32)}
+        if p.has_lens:
+            keywords["seq_lens"] = lens.to(device, torch.int32)
+    if p.sinks:
+        keywords["sinks"] = randn(p.num_heads).to(device)
+    if p.soft_cap:
+        keywords["logit_cap"] = 30.0
+    for name, given in (("q_scale", p.q_scale), ("kv_scale", p.kv_scale)):
+        if given:
+            keywords[name] = torch.tensor([0.5], device=device)
+    return Call(placed(q, p.q_dtype), placed(cache, p.kv_dtype), keywords)
+
+
+def _int32(values: Any, device: str) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int32, device=device)
+
+
+def judge(call: Call, out: Tensor, lse: Tensor) -> Judgement:
+    """The result of a call against the float64 reference, on the same device."""
+    names = {k: v for k, v in call.keywords.items() if k not in ("out", "lse")}
+    want, want_lse = reference.decode(call.q, call.kv_cache, **names)
+    error = (out.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
+    lse_error = torch.where(lse == want_lse, 0.0, (lse - want_lse).abs())
+    q, kv = dtypes.of_torch(call.q.dtype), dtypes.of_torch(call.kv_cache.dtype)
+    assert q is not None
+    assert kv is not None
+    worst = [float(torch.nan_to_num(x, nan=float("inf")).max()) if x.numel() else 0.0 for x in (error, lse_error)]
+    limit = max(dtypes.tolerance(q.name, kv.name), DTYPES[dtypes.of_torch(out.dtype).name].rel_l2)  # type: ignore[union-attr]
+    return Judgement(worst[0], limit, worst[1], dtypes.LSE_ATOL)

@@ -1,0 +1,104 @@
+"""Runs decode cases through the Triton kernels in Triton's interpreter; a process of its own (TRITON_INTERPRET=1).
+
+    TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--dtype fp16] [--only TEXT] [--every N] [--stop]
+        [name=value …]
+
+What is launched is what the variant's row says: sources, launches, workspace and offsets of its own default config, with
+the tunables given as name=value changed. Each case prints one line of JSON; the exit status is the number of failures
+(at most 100). Outputs and workspace start as NaN, and the workspace lies between red zones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import cases
+import torch
+
+from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
+from mla_jit.launch import interpreter
+from mla_jit.launch.base import Binding
+from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON as VARIANT
+from mla_jit.target import Target, by_name
+
+RED = 1 << 20  # bytes on each side of the workspace
+
+
+def decode(call: cases.Call, target: Target, changes: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, Config]:
+    """The call's (out, lse) from interpreted kernels. AssertionError if they write beside the workspace."""
+    inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
+    problem = inputs.problem
+    config = VARIANT.default(problem, target).replace(pdl=False)
+    for name, value in changes.items():  # those that this case can have
+        if VARIANT.rejects(problem, target, config.replace(**{name: value})) is None:
+            config = config.replace(**{name: value})
+    if (reason := VARIANT.rejects(problem, target, config)) is not None:
+        raise AssertionError(f"{call.case.id} is refused: {reason}")
+    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
+    if out is None:
+        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
+    if lse is None and problem.lse:
+        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    size = VARIANT.workspace_bytes(problem, target, config)
+    memory = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
+    tensors = {**inputs.tensors, "out": out, "lse": lse}
+    places = {name: memory.data_ptr() + RED + offset for name, offset in VARIANT.offsets(problem, config).items()}
+
+    binding = Binding({**inputs.binding.numbers, **VARIANT.numbers(problem, config)}, inputs.binding.views)
+    bf16 = "bf16" in (problem.q_dtype, problem.kv_dtype)
+    constants = {"COMPUTE": "tl:float32", "QK_NATIVE": False} if bf16 else {}
+    bound = interpreter.bind(VARIANT.sources(problem, target, config), VARIANT.launches(problem, target, config), binding, constants)
+    pointers = [(places[name] if name in places else tensors[name].data_ptr()) + offset for name, offset in bound.operands]
+    bound.run(pointers, [inputs.floats[name] for name in bound.float_names])
+    assert (memory[:RED] == 0xFF).all() and (memory[RED + size :] == 0xFF).all(), f"{call.case.id}: written beside the workspace"
+    return out, lse, config
+
+
+def interpretable(case: cases.Case, dtype: str) -> cases.Case:
+    """The case in a dtype that the kernels take, where it is in fp32; the interpreter truncates to bf16, so not there."""
+    if case.q_dtype == "fp32":
+        case = dataclasses.replace(case, q_dtype=dtype, kv_dtype=dtype)
+    return dataclasses.replace(case, out_dtype="fp32") if cases.out_dtype(case) == "bf16" else case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_80")
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--only", default="", help="cases whose id contains this")
+    parser.add_argument("--every", type=int, default=1, help="only every Nth case")
+    parser.add_argument("--stop", action="store_true", help="at the first failure")
+    parser.add_argument("changes", nargs="*", help="tunables, name=value")
+    options = parser.parse_args()
+    changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
+    failures = 0
+    for case in cases.SMALL[:: options.every]:
+        case = interpretable(case, options.dtype)
+        if options.only not in case.id:
+            continue
+        started = time.perf_counter()
+        call = cases.build(case)
+        line: dict[str, Any] = {"case": case.id}
+        try:
+            out, lse, config = decode(call, by_name(options.target), changes)
+            line["config"] = str(config)
+            figures = cases.check(call, out, lse)
+            line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
+        except Exception as error:  # one bad case must not hide the others
+            line["error"] = f"{type(error).__name__}: {error}"
+            failures += 1
+        print(json.dumps(line | {"seconds": round(time.perf_counter() - started, 3)}), flush=True)
+        if failures and options.stop:
+            break
+    return min(failures, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
