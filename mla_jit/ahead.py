@@ -1,13 +1,15 @@
-"""Compiling ahead: all kernels that a set of problems needs on a target, each once, on a machine that need not have a GPU.
+"""Compiling ahead: all kernels that a set of problems needs on a target, each once; no GPU needed.
 
-Kernels go to the cache as a call would put them there; each compiler runs in a child process of its own, so that one that
-aborts or hangs costs one kernel.
+Kernels go to the cache as a call would put them there; each compiler runs in a child process of its own, so that one
+that aborts or hangs costs one kernel.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
@@ -15,7 +17,7 @@ from mla_jit import plan, settings
 from mla_jit.compile import cache
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.errors import MlaJitError, NoVariant
-from mla_jit.problem import Problem
+from mla_jit.problem import DecodeProblem, Problem, bucket
 from mla_jit.target import Target
 
 
@@ -42,6 +44,9 @@ class Built:
         return self.artifact is not None
 
 
+MAX_BATCH = 1024
+
+
 @dataclass
 class Plan:
     """What `jobs_of` found: kernels, each once; problems seen; problems that nothing serves, with the reason."""
@@ -53,25 +58,89 @@ class Plan:
 
 def jobs_of(problems: Iterable[Problem], target: Target) -> Plan:
     """The kernels that the problems need on the target, by the same choices as a call makes. Compiles nothing."""
-    found: dict[str, Job] = {}
+    found: dict[Source, Job] = {}
     result = Plan()
     for problem in problems:
         result.problems += 1
         try:
-            choice = plan.choose(problem, target)
+            sources = _sources(problem, target)
         except NoVariant as error:
             result.refused[f"{problem} on {target.name}"] = "; ".join(f"{k}: {v}" for k, v in error.reasons.items())
             continue
-        for source in choice.variant.sources(problem, target, choice.config):
-            found.setdefault(source.key, Job(target.name, source, problem))
+        for source in sources:
+            found.setdefault(source, Job(target.name, source, problem))
     result.jobs = list(found.values())
     return result
 
 
-def build_all(jobs: Sequence[Job], *, workers: int | None = None, on_done: Callable[[Built], None] | None = None) -> list[Built]:
-    """Compiles the jobs that are not in the cache, `workers` at a time (the CPUs that this process may use, if absent)."""
+def _sources(problem: Problem, target: Target) -> tuple[Source, ...]:
+    choice = plan.choose(problem, target)
+    return choice.variant.sources(problem, target, choice.config)
+
+
+def of_any_size(
+    problems: Iterable[DecodeProblem], target: Target, *, max_batch: int = MAX_BATCH, max_kv_len: int | None = None
+) -> Iterator[DecodeProblem]:
+    """Each problem in as many sizes as it takes to need every kernel that any size up to the limits needs.
+
+    Sizes reach the machine code by a few thresholds, which are the same for problems that differ only in what is passed
+    and returned; so they are looked for once for those.
+    """
+    known: dict[DecodeProblem, list[tuple[int, int]]] = {}
+    for problem in problems:
+        alike = dataclasses.replace(
+            problem, lse=False, ragged=False, paging="table", has_lens=True, q_scale=False, kv_scale=False, batch=1,
+            max_kv_len=bucket(max_kv_len or problem.max_kv_len),
+        )  # fmt: skip
+        if alike not in known:
+            known[alike] = _sizes(alike, target, max_batch)
+        for batch, length in known[alike]:
+            yield dataclasses.replace(problem, batch=batch, max_kv_len=length)
+
+
+def _sizes(problem: DecodeProblem, target: Target, max_batch: int) -> list[tuple[int, int]]:
+    """(batch, length) pairs: between two batches with different kernels the threshold is found by bisection."""
+    found: dict[tuple[int, int], tuple[Source, ...]] = {}
+
+    def at(batch: int, length: int) -> tuple[Source, ...]:
+        if (batch, length) not in found:
+            found[batch, length] = _sources(dataclasses.replace(problem, batch=batch, max_kv_len=length), target)
+        return found[batch, length]
+
+    batches = sorted(
+        {min(n, max_batch) for i in range(max_batch.bit_length() + 1) for n in (1 << i, (1 << i) + 1, 3 << i)}
+    )
+    try:
+        for length in [1 << i for i in range(problem.max_kv_len.bit_length())]:
+            for low, high in itertools.pairwise(batches):
+                todo = [(low, high)]
+                while todo:
+                    low, high = todo.pop()
+                    if high - low > 1 and at(low, length) != at(high, length):
+                        middle = (low + high) // 2
+                        todo += [(low, middle), (middle, high)]
+            for batch in (batches[0], batches[-1]):
+                at(batch, length)
+    except NoVariant:
+        return [(1, problem.max_kv_len)]  # which says why
+    new: set[Source] = set()
+    sizes = []
+    for size, sources in sorted(found.items()):
+        if not new.issuperset(sources):
+            new.update(sources)
+            sizes.append(size)
+    return sizes
+
+
+def build_all(
+    jobs: Sequence[Job], *, workers: int | None = None, on_done: Callable[[Built], None] | None = None
+) -> list[Built]:
+    """Compiles the jobs that are not in the cache, `workers` at a time (if absent, one a usable CPU)."""
     done: list[Built] = []
-    with settings.scope(safe_compile=True, mode="serve"), ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with (
+        settings.scope(safe_compile=True, mode="serve"),
+        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+    ):
         for future in as_completed([pool.submit(_build, job) for job in jobs]):
             done.append(future.result())
             if on_done is not None:

@@ -21,7 +21,7 @@ FLOORS = {"python": "3.10", "torch": "2.7"}
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. status: "ok", "note" (works, with less), or "fault" (something will fail); then the remedy."""
+    """One thing looked at. status: "ok", "note" (works, with less), or "fault" (something will fail)."""
 
     name: str
     status: str
@@ -64,7 +64,13 @@ def _versions() -> list[Check]:
         import torch
     except ImportError as error:
         return [*checks, Check("torch", "fault", f"not usable: {error}", "install torch")]
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only"
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU only"
+    )
     torch_check = _floor("torch", torch.__version__, FLOORS["torch"], "install a newer torch")
     checks.append(dataclasses.replace(torch_check, value=f"{torch_check.value}, {build}"))
     if (name := toolchain.distribution()) is None:
@@ -90,7 +96,11 @@ def _target() -> list[Check]:
         return checks
     for index in range(torch.cuda.device_count()):
         device = target.of_device("cuda", index)
-        checks.append(Check(f"gpu {index}", "ok", f"{device.device}, {device.name}, {device.smem_bytes} B shared memory a program"))
+        checks.append(
+            Check(
+                f"gpu {index}", "ok", f"{device.device}, {device.name}, {device.smem_bytes} B shared memory a program"
+            )
+        )
     return checks
 
 
@@ -102,11 +112,20 @@ def _driver() -> list[Check]:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        return [Check("cuda-bindings", "fault", f"not usable: {error}", "pip install cuda-bindings (CUDA builds of torch require it)")]
+        return [
+            Check(
+                "cuda-bindings",
+                "fault",
+                f"not usable: {error}",
+                "pip install cuda-bindings (CUDA builds of torch require it)",
+            )
+        ]
     checks = [Check("cuda-bindings", "ok", importlib.metadata.version("cuda-bindings"))]
-    error, version = driver.cuDriverGetVersion()
-    text = f"CUDA {version // 1000}.{version % 1000 // 10}" if int(error) == 0 else f"error {error}"
-    checks.append(Check("driver", "ok" if int(error) == 0 else "fault", text, "" if int(error) == 0 else "reinstall the driver"))
+    status, version = driver.cuDriverGetVersion()
+    text = f"CUDA {version // 1000}.{version % 1000 // 10}" if int(status) == 0 else f"error {status}"
+    checks.append(
+        Check("driver", "ok" if int(status) == 0 else "fault", text, "" if int(status) == 0 else "reinstall the driver")
+    )
     return checks
 
 
@@ -117,7 +136,9 @@ def _data() -> list[Check]:
 
 def _settings() -> list[Check]:
     now, plain = settings.current(), settings.Settings()
-    changed = {f.name: getattr(now, f.name) for f in dataclasses.fields(now) if getattr(now, f.name) != getattr(plain, f.name)}
+    changed = {
+        f.name: getattr(now, f.name) for f in dataclasses.fields(now) if getattr(now, f.name) != getattr(plain, f.name)
+    }
     text = ", ".join(f"{name}={value}" for name, value in changed.items()) or "all at their defaults"
     checks = [Check("settings", "ok", text)]
     if knobs := settings.compiler_knobs():
@@ -132,12 +153,27 @@ def _cache() -> list[Check]:
     used = layers.current()
     checks = []
     if used.root is None:
-        checks.append(Check("cache", "fault", "kernels are kept in memory only", "set MLA_JIT_CACHE_DIR to a directory that you can write"))
+        checks.append(
+            Check(
+                "cache",
+                "fault",
+                "kernels are kept in memory only",
+                "set MLA_JIT_CACHE_DIR to a directory that you can write",
+            )
+        )
     else:
         mode = stat.S_IMODE(used.root.stat().st_mode) if used.root.exists() else 0o700
         value = f"{used.root}, mode {mode:04o}, {_count(used.root)}"
-        instead = "" if used.root == Path(wanted).absolute() else f"{layers.refusal(Path(wanted).absolute()) or 'not writable'}"
-        remedy = f"{wanted} is not used ({instead}); set MLA_JIT_CACHE_DIR to a directory that only you can write" if instead else ""
+        instead = (
+            ""
+            if used.root == Path(wanted).absolute()
+            else f"{layers.refusal(Path(wanted).absolute()) or 'not writable'}"
+        )
+        remedy = (
+            f"{wanted} is not used ({instead}); set MLA_JIT_CACHE_DIR to a directory that only you can write"
+            if instead
+            else ""
+        )
         checks.append(Check("cache", "note" if instead else "ok", value, remedy))
         kind = locks.filesystem_type(used.root.resolve(), _mounts()) or "unknown"
         if locks.on_network(used.root):

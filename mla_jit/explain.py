@@ -84,6 +84,14 @@ def explain(problem: Problem, target: Target, *, build: bool = True) -> Explanat
             kernel.error = str(error)
             continue
         kernel.path = cache.path_of(source.key)
-        kernel.registers, kernel.spill_bytes, kernel.smem_bytes = artifact.registers, artifact.spill_bytes, artifact.smem_bytes
-        kernel.threads, kernel.size_bytes, kernel.compile_s = artifact.threads, len(artifact.binary), artifact.compile_seconds
+        kernel.registers, kernel.spill_bytes, kernel.smem_bytes = (
+            artifact.registers,
+            artifact.spill_bytes,
+            artifact.smem_bytes,
+        )
+        kernel.threads, kernel.size_bytes, kernel.compile_s = (
+            artifact.threads,
+            len(artifact.binary),
+            artifact.compile_seconds,
+        )
     return result

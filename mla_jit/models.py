@@ -1,7 +1,6 @@
-"""The models of configs/models.yaml, and every decode problem that serving one of them can pose.
+"""The models of configs/models.yaml, and the kinds of decode call that serving one of them makes.
 
-It knows which properties of a call change the machine code, so that what is compiled ahead from here is what the calls
-look up later.
+Here are the properties of a call that come from the model and from how it is served; `ahead` adds the sizes.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mla_jit import resources
 from mla_jit.dtypes import DTYPES
@@ -19,7 +19,6 @@ from mla_jit.target import Target
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32", "fp8", "fp8xfp8")
 PAGINGS = ("table", "csr", "csr+lens")
-BATCHES = (1, 16, 256)  # the batch enters the machine code only through how many splits there are: none, few, many
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Model:
     def local_heads(self, tp: int) -> int:
         """Query heads of one tensor-parallel rank. InvalidInput where they cannot be shared."""
         if tp < 1 or self.heads % tp:
-            raise InvalidInput(f"{self.name} has {self.heads} heads, which {tp} tensor-parallel ranks cannot share equally")
+            raise InvalidInput(
+                f"{self.name} has {self.heads} heads, which {tp} tensor-parallel ranks cannot share equally"
+            )
         return self.heads // tp
 
 
@@ -61,7 +62,9 @@ def by_name(name: str) -> Model:
     """The row of a model's name, in any case. InvalidInput lists what there is."""
     found = models().get(name.lower())
     if found is None:
-        raise InvalidInput(f"no model {name!r}; configs/models.yaml has {', '.join(models())}. A new model is a new row")
+        raise InvalidInput(
+            f"no model {name!r}; configs/models.yaml has {', '.join(models())}. A new model is a new row"
+        )
     return found
 
 
@@ -82,34 +85,37 @@ def dtypes_on(name: str, target: Target) -> tuple[str, str]:
 
 
 def decode_problems(
-    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None, page_sizes: Sequence[int] = (64,),
-    q_lens: Sequence[int] = (1, 2), pagings: Sequence[str] = ("table", "csr"), lse: Sequence[bool] = (False, True),
-    ragged: Sequence[bool] = (False, True), batches: Sequence[int] = BATCHES, max_kv_len: int | None = None, **fixed: object,
+    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None,
+    page_sizes: Sequence[int] = (64,), q_lens: Sequence[int] = (1, 2), pagings: Sequence[str] = ("table", "csr"),
+    lse: Sequence[bool] = (False, True), ragged: Sequence[bool] = (False, True), scales: str = "auto",
+    **fixed: Any,
 ) -> Iterator[DecodeProblem]:  # fmt: skip
-    """Every decode problem of a model on a target: the given axes, times lengths up to max_kv_len (the model's own).
+    """The kinds of decode call that serving a model on a target makes: the product of the given axes.
 
-    Scales given as device tensors are another kernel than floats or none: both are included where the cache is fp8.
-    `fixed` sets further fields of all problems, e.g. causal=False or sinks=True.
+    Sizes are not an axis here: each problem has one sequence of the model's longest context (see `ahead.of_any_size`).
+    Scales given as device tensors are another kernel than floats or none. scales: "none" of them; "all", q_scale and
+    kv_scale whatever the dtypes; "auto", none, and also those of the fp8 operands. `fixed` sets further fields of all
+    problems, e.g. causal=False or sinks=True.
     """
     heads = model.local_heads(tp)
     if unknown := set(pagings) - set(PAGINGS):
         raise InvalidInput(f"paging {', '.join(sorted(unknown))} is unknown; use {', '.join(PAGINGS)}")
-    lengths = [1 << i for i in range(bucket(max_kv_len or model.max_kv_len).bit_length())]
     pairs = [dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)]
     axes = itertools.product(dict.fromkeys(pairs), page_sizes, q_lens, pagings, lse, ragged)
     for (q, cache), page_size, q_len, paging, with_lse, is_ragged in axes:
-        for scales in _scales(q, cache):
-            for batch, length in itertools.product(batches, lengths):
-                yield DecodeProblem(
-                    num_heads=heads, kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q, kv_dtype=cache,
-                    out_dtype="bf16" if DTYPES[q].bits == 8 else q, page_size=page_size, q_len=q_len,
-                    paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged, batch=batch,
-                    max_kv_len=length, **(scales | fixed),
-                )  # type: ignore[arg-type]  # fmt: skip
+        for scaled in _scales(q, cache, scales):
+            yield DecodeProblem(
+                num_heads=heads, kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q, kv_dtype=cache,
+                out_dtype="bf16" if DTYPES[q].bits == 8 else q, page_size=page_size, q_len=q_len,
+                paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged,
+                max_kv_len=bucket(model.max_kv_len), **(scaled | fixed),
+            )  # fmt: skip
 
 
-def _scales(q: str, cache: str) -> tuple[dict[str, bool], ...]:
-    """Which scales come as device tensors: none; those of the fp8 operands."""
-    if DTYPES[cache].bits != 8:
+def _scales(q: str, cache: str, which: str) -> tuple[dict[str, Any], ...]:
+    """Which scales come as device tensors."""
+    if which == "all":
+        return ({"q_scale": True, "kv_scale": True},)
+    if which == "none" or DTYPES[cache].bits != 8:
         return ({},)
     return {}, {"kv_scale": True, "q_scale": DTYPES[q].bits == 8}

@@ -113,11 +113,11 @@ class Executable:
         self.variant, self.config = choice.variant, choice.config
         self.artifacts = tuple(artifacts)
         self.workspace_bytes = dispatch.workspace_bytes
-        self.offsets = choice.variant.offsets(problem, choice.config)
+        self.offsets = choice.variant.offsets(problem, target, choice.config)
 
     def bind(self, binding: Binding, device: int) -> Bound:
         """The launches of this problem on a device, with strides and sizes packed."""
-        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.config)}
+        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
         launches = self.variant.launches(self.problem, self.target, self.config)
         runtime = launch.runtime(self.target.runtime)
         return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)

@@ -1,10 +1,11 @@
-"""`mla-tune quickstart`: one decode call on this machine, judged, with where its time went; and the same kernels for others.
+"""`mla-tune quickstart`: one decode call here, judged, with where its time went; and its kernels for other machines.
 
 Kernels go to a cache directory of their own, so that the first call always compiles.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -66,7 +67,10 @@ def run(*, cross: bool = True, say: Callable[[str], None] = lambda text: None) -
     say("importing torch")
     where = target.here()
     imported = time.perf_counter() - started
-    with tempfile.TemporaryDirectory(prefix="mla_jit-quickstart-") as directory, settings.scope(cache_dir=Path(directory)):
+    with (
+        tempfile.TemporaryDirectory(prefix="mla_jit-quickstart-") as directory,
+        settings.scope(cache_dir=Path(directory)),
+    ):
         cache.forget()
         try:
             report = _decode(where, say)
@@ -80,6 +84,16 @@ def run(*, cross: bool = True, say: Callable[[str], None] = lambda text: None) -
     return report
 
 
+def _problem(where: target.Target) -> DecodeProblem:
+    """A rank's share of a real model, as it is decoded on a target."""
+    model = models.by_name(MODEL)
+    q, kv = models.dtypes_on(DTYPE, where)
+    return DecodeProblem(
+        num_heads=model.local_heads(TP), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q,
+        kv_dtype=kv, page_size=PAGE_SIZE, lse=True, batch=BATCH, max_kv_len=KV_LEN,
+    )  # fmt: skip
+
+
 def _decode(where: target.Target, say: Callable[[str], None]) -> Report:
     """The same call three times: cold, from the disk cache as a new process would, and warm."""
     import torch
@@ -88,14 +102,9 @@ def _decode(where: target.Target, say: Callable[[str], None]) -> Report:
     from mla_jit import trial
     from mla_jit.ops.decode.inputs import decode_inputs
 
-    model = models.by_name(MODEL)
-    q, kv = models.dtypes_on(DTYPE, where)
-    sizes = DecodeProblem(
-        num_heads=model.local_heads(TP), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q, kv_dtype=kv,
-        page_size=PAGE_SIZE, lse=True, batch=BATCH, max_kv_len=KV_LEN,
-    )  # fmt: skip
+    sizes = _problem(where)
     device = "cpu" if where.runtime == "cpu" else "cuda"
-    call = trial.make_call(sizes, device, sm_scale=model.sm_scale)
+    call = trial.make_call(sizes, device, sm_scale=models.by_name(MODEL).sm_scale)
     names = {k: v for k, v in call.keywords.items() if k != "return_lse"}
     problem = decode_inputs(call.q, call.kv_cache, **names, return_lse=True).problem
     report = Report(where.name, where.device, str(problem))
@@ -114,7 +123,9 @@ def _decode(where: target.Target, say: Callable[[str], None]) -> Report:
         result = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
         finish()
         clock.append(time.perf_counter())
-        times = dict(zip(("compile", "load", "launch"), (b - a for a, b in zip(clock, clock[1:], strict=False)), strict=True))
+        resolve, load, launch = (b - a for a, b in itertools.pairwise(clock))
+        compiling = executable.dispatch.compile_s
+        times = {"plan": max(0.0, resolve - compiling), "compile": compiling, "load": load, "launch": launch}
         return result, times, executable.dispatch
 
     say(f"first call on {where.device} ({where.name})")
@@ -144,16 +155,10 @@ def _decode(where: target.Target, say: Callable[[str], None]) -> Report:
 
 def _cross(report: Report, say: Callable[[str], None]) -> None:
     """The call's kernels for other architectures, each in a compiling child; then once more, from the cache."""
-    model = models.by_name(MODEL)
     jobs: list[ahead.Job] = []
     for name in target.SHOWCASE:
         there = target.by_name(name)
-        q, kv = models.dtypes_on(DTYPE, there)
-        problem = DecodeProblem(
-            num_heads=model.local_heads(TP), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q,
-            kv_dtype=kv, page_size=PAGE_SIZE, lse=True, batch=BATCH, max_kv_len=KV_LEN,
-        )  # fmt: skip
-        found = ahead.jobs_of([problem], there)
+        found = ahead.jobs_of([_problem(there)], there)
         jobs += found.jobs
         report.faults += [f"{what}: {why}" for what, why in found.refused.items()]
     say(f"cross-compiling {len(jobs)} kernels for {', '.join(target.SHOWCASE)}")

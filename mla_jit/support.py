@@ -1,13 +1,13 @@
 """The support matrix: op × dtypes × target × backend, and what has been shown of each cell.
 
-Whether a cell is refused comes from the variants' own predicate. What was shown comes from tuning_db/evidence.jsonl, whose
-rows `prove` makes by really compiling or running a cell's problems; a row counts for the variant's present revision only.
-The command is quick because it reads; a test compiles every cell and holds the file to that.
+Whether a cell is refused comes from the variants' own predicate. What was shown comes from tuning_db/evidence.jsonl,
+whose rows `prove` makes by really compiling or running a cell's problems; a row counts for the variant's present
+revision only. The command is quick because it reads; a test compiles every cell and holds the file to that.
 """
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,8 @@ from mla_jit.target import Target
 STATES = ("refused", "unproven", "compiled", "executed", "measured")
 LABELS = {"refused": "–", "unproven": "?", "compiled": "compiled", "executed": "executed", "measured": "**measured**"}
 DTYPE_PAIRS = (
-    ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("bf16", "fp8_e4m3"), ("fp16", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"),
+    ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"),
+    ("bf16", "fp8_e4m3"), ("fp16", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"),
     ("bf16", "fp8_e4m3fnuz"), ("fp16", "fp8_e4m3fnuz"), ("fp8_e4m3fnuz", "fp8_e4m3fnuz"),
 )  # fmt: skip
 BACKENDS = ("triton", "cpu")
@@ -76,12 +77,19 @@ def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[DecodeProblem, ...]:
     """What stands for a cell: few and many heads, whole pages and single tokens, a plain and a multi-token call."""
     assert op == "decode", op
     out = "bf16" if DTYPES[q_dtype].bits == 8 else q_dtype
-    base = {"q_dtype": q_dtype, "kv_dtype": kv_dtype, "out_dtype": out, "lse": True, "batch": 2, "max_kv_len": 512}
+    base: dict[str, Any] = {
+        "q_dtype": q_dtype,
+        "kv_dtype": kv_dtype,
+        "out_dtype": out,
+        "lse": True,
+        "batch": 2,
+        "max_kv_len": 512,
+    }
     few, many = HEADS
     return (
-        DecodeProblem(num_heads=few, page_size=64, **base),  # type: ignore[arg-type]
-        DecodeProblem(num_heads=many, page_size=64, **base),  # type: ignore[arg-type]
-        DecodeProblem(num_heads=few, page_size=1, paging="csr", has_lens=False, q_len=2, **base),  # type: ignore[arg-type]
+        DecodeProblem(num_heads=few, page_size=64, **base),
+        DecodeProblem(num_heads=many, page_size=64, **base),
+        DecodeProblem(num_heads=few, page_size=1, paging="csr", has_lens=False, q_len=2, **base),
     )
 
 
@@ -112,7 +120,9 @@ def _cell(op: str, q: str, kv: str, backend: str, there: Target) -> Cell:
         if (reason := _refusal(variant, op, q, kv, there)) == "":
             row = evidence().get((op, q, kv, there.name, backend))
             shown = row is not None and (row.variant, row.revision) == (variant.name, variant.revision)
-            return Cell(op, q, kv, there.name, backend, row.what if row and shown else "unproven", "", row if shown else None)
+            return Cell(
+                op, q, kv, there.name, backend, row.what if row and shown else "unproven", "", row if shown else None
+            )
     return Cell(op, q, kv, there.name, backend, "refused", reason)
 
 
@@ -146,8 +156,9 @@ def prove(cells: Iterable[Cell], *, workers: int | None = None) -> tuple[list[Ev
             continue
         rows.append(
             Evidence(
-                *cell.key, variant=variant.name, revision=variant.revision, what="executed" if executed else "compiled",
-                date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                op=cell.op, q_dtype=cell.q_dtype, kv_dtype=cell.kv_dtype, target=cell.target, backend=cell.backend,
+                variant=variant.name, revision=variant.revision, what="executed" if executed else "compiled",
+                date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
                 device=there.device if executed else "none", toolchain=toolchain.version() if jobs else "torch",
                 command="mla-tune support --prove",
             )

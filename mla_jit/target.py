@@ -58,7 +58,6 @@ def by_name(name: str) -> Target:
     raise UnknownTarget(f"no target {name!r}; configs/targets.yaml has {', '.join(targets())}. A new architecture is a new row")
 
 
-@functools.cache
 def of_device(device_type: str, index: int = 0) -> Target:
     """The target of a torch device ("cuda", 0), with the SM count and shared memory that the device itself reports.
 
@@ -70,6 +69,11 @@ def of_device(device_type: str, index: int = 0) -> Target:
         return by_name("cpu")
     if device_type != "cuda":  # ROCm builds of torch call their devices "cuda" too
         raise UnknownTarget(f"tensors on a {device_type!r} device are not supported; move them to a GPU or to the CPU")
+    return _of_gpu(index)
+
+
+@functools.cache
+def _of_gpu(index: int) -> Target:
     import torch
 
     props = torch.cuda.get_device_properties(index)

@@ -82,7 +82,11 @@ def make_call(problem: DecodeProblem, device: str, *, seed: int = 0, sm_scale: f
         keywords |= {"block_table": table.to(device), "seq_lens": lens.to(device, torch.int32)}
     else:
         last = lens - (used - 1) * p.page_size
-        keywords |= {"kv_indptr": indptr.to(device), "kv_indices": order.to(device), "kv_last_page_lens": last.to(device, torch.int32)}
+        keywords |= {
+            "kv_indptr": indptr.to(device),
+            "kv_indices": order.to(device),
+            "kv_last_page_lens": last.to(device, torch.int32),
+        }
         if p.has_lens:
             keywords["seq_lens"] = lens.to(device, torch.int32)
     if p.sinks:

@@ -70,7 +70,11 @@ class Case:
     @property
     def id(self) -> str:
         """What differs from a plain call, readable."""
-        lens = "x".join(map(str, self.lens)) if len(self.lens) <= 3 else f"{len(self.lens)}of{min(self.lens)}to{max(self.lens)}"
+        lens = (
+            "x".join(map(str, self.lens))
+            if len(self.lens) <= 3
+            else f"{len(self.lens)}of{min(self.lens)}to{max(self.lens)}"
+        )
         q = "r" + "_".join(map(str, self.q_lens)) if self.q_lens is not None else str(self.q_len)
         types = self.q_dtype if self.q_dtype == self.kv_dtype else f"{self.q_dtype}x{self.kv_dtype}"
         heads = f"{self.heads}" + (f"over{self.kv_heads}" if self.kv_heads > 1 else "")
@@ -272,7 +276,10 @@ def build(case: Case, device: Any = "cpu", seed: int | None = None) -> Call:
         kwargs["sinks"] = randn(case.heads) * 2 + math.log(max(*case.lens, 1, 1))
         if case.heads > 2:
             kwargs["sinks"][1] = -torch.inf  # no sink for this head
-    kwargs["q_scale"], kwargs["kv_scale"] = _scale(case.q_scale, q_scale, device), _scale(case.kv_scale, kv_scale, device)
+    kwargs["q_scale"], kwargs["kv_scale"] = (
+        _scale(case.q_scale, q_scale, device),
+        _scale(case.kv_scale, kv_scale, device),
+    )
     kwargs |= {"cp_rank": case.cp[0], "cp_world": world, "return_lse": case.lse, "lse_base": case.lse_base}
     out_type = getattr(torch, dtypes.DTYPES[out_dtype(case)].torch)
     if case.out_view is not None:
@@ -287,7 +294,9 @@ def build(case: Case, device: Any = "cpu", seed: int | None = None) -> Call:
     if case.kv_3d:
         cache = [buffer.squeeze(2) for buffer in cache]
     owned = torch.arange(tokens, device=device) < sum(case.q_tokens)
-    return Call(case, tuple(q_parts) if case.q_split else q_parts[0], tuple(cache) if case.kv_split else cache[0], kwargs, owned)
+    return Call(
+        case, tuple(q_parts) if case.q_split else q_parts[0], tuple(cache) if case.kv_split else cache[0], kwargs, owned
+    )
 
 
 def out_dtype(case: Case) -> str:
@@ -314,7 +323,11 @@ def _paging(case: Case, held: list[int], used: list[int], page_ids: Tensor, devi
             return found | {"seq_lens": make(list(case.lens)), "kv_last_page_lens": garbage(len(used))}
         if case.page == 1:
             return found | {"kv_last_page_lens": make(held)}  # as some callers pass it: to be ignored
-        return found | {"kv_last_page_lens": make([n - (pages - 1) * case.page if n else 7 for n, pages in zip(held, used, strict=True)])}
+        return found | {
+            "kv_last_page_lens": make(
+                [n - (pages - 1) * case.page if n else 7 for n, pages in zip(held, used, strict=True)]
+            )
+        }
     columns = max(used, default=0) + case.extra_pages
     table = garbage(len(used), columns + case.table_gap)
     start = 0
@@ -345,15 +358,22 @@ def check(call: Call, out: Tensor, lse: Tensor | None = None) -> Figures:
     error = torch.where(empty, torch.where((got == 0).all(-1), 0.0, torch.inf), error).nan_to_num(nan=torch.inf)
     worst = _worst(error)
     limit = tolerance(case)
-    assert error[worst] <= limit, f"{case.id}: row {worst} has rel L2 {error[worst]:.3e} > {limit:g}; {_rows(error > limit)}"
+    assert error[worst] <= limit, (
+        f"{case.id}: row {worst} has rel L2 {error[worst]:.3e} > {limit:g}; {_rows(error > limit)}"
+    )
     if lse is None:
         return Figures(float(error[worst]), 0.0)
-    assert lse.dtype == torch.float32 and lse.shape == want_lse.shape, f"{case.id}: lse is {lse.dtype} {tuple(lse.shape)}"
+    shape = (lse.dtype, lse.shape)
+    assert shape == (torch.float32, want_lse.shape), f"{case.id}: lse is {shape}, not float32 {tuple(want_lse.shape)}"
     got, want = (x.double().reshape(-1, case.heads)[call.owned] for x in (lse, want_lse))
     unit = math.log(2) if case.lse_base == "2" else 1.0
-    gap = torch.where(empty, torch.where(got == -torch.inf, 0.0, torch.inf), (got - want).abs() * unit).nan_to_num(nan=torch.inf)
+    gap = torch.where(empty, torch.where(got == -torch.inf, 0.0, torch.inf), (got - want).abs() * unit).nan_to_num(
+        nan=torch.inf
+    )
     at = _worst(gap)
-    assert gap[at] <= dtypes.LSE_ATOL, f"{case.id}: row {at} has LSE {got[at]:.6f}, not {want[at]:.6f}; {_rows(gap > dtypes.LSE_ATOL)}"
+    assert gap[at] <= dtypes.LSE_ATOL, (
+        f"{case.id}: row {at} has LSE {got[at]:.6f}, not {want[at]:.6f}; {_rows(gap > dtypes.LSE_ATOL)}"
+    )
     return Figures(float(error[worst]), float(gap[at]))
 
 
@@ -400,6 +420,8 @@ SMALL: tuple[Case, ...] = (
     # query tokens, causal boundary
     Case(q_len=2, lens=(100, 37, 1)),
     Case(q_len=4, lens=(64, 3, 0, 4), heads=3),
+    Case(q_len=4, lens=(18, 34, 66, 130)),  # the first query token's boundary is one short of a tile's edge
+    Case(q_len=2, lens=(32, 64, 65, 128)),
     Case(q_len=8, lens=(33, 8, 130)),
     Case(q_len=3, lens=(70, 35, 2), causal=False),
     Case(q_len=1, q_3d=False, lens=(70, 35)),
@@ -527,13 +549,17 @@ _SHAPES: tuple[dict[str, Any], ...] = (
     {"lens": (300, 257, 511, 512, 513) * 3, "q_split": True, "kv_split": True, "kv_3d": True, "out_view": ""},
     {"lens": (20000,), "num_kv_splits": 32, "q_3d": False},
 )
+# What several query tokens meet beside these: a first boundary that is on a tile's edge, and just before and after it.
+_BOUNDARIES = {"lens": tuple(edge + over for edge in (32, 64, 128, 192) for over in (-1, 0, 1, 2, 3, 6, 7))}
 
 
 def _gpu() -> tuple[Case, ...]:
     found = []
     for i, specialisation in enumerate(_SPECIALISATIONS):
-        for j in range(4):
-            shape = {**_SHAPES[(i + 2 * j) % len(_SHAPES)]}
+        shapes = [_SHAPES[(i + 2 * j) % len(_SHAPES)] for j in range(4)]
+        if specialisation.get("q_len", 1) > 1 or "ragged" in specialisation:
+            shapes[0] = _BOUNDARIES
+        for j, shape in enumerate(map(dict, shapes)):
             fixed = {"C": 512, "R": 64, "page": 64, "q_dtype": "bf16", "kv_dtype": "bf16", **specialisation}
             if fixed.pop("ragged", False):
                 fixed["q_lens"] = tuple((2, 1, 4, 0, 3)[(b + j) % 5] for b in range(len(shape["lens"])))

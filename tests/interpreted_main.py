@@ -1,11 +1,12 @@
 """Runs decode cases through the Triton kernels in Triton's interpreter; a process of its own (TRITON_INTERPRET=1).
 
-    TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--dtype fp16] [--only TEXT] [--every N] [--stop]
-        [name=value …]
+    TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--sms 3] [--dtype fp16] [--only TEXT]
+        [--part I/N] [--stop] [name=value …]
 
-What is launched is what the variant's row says: sources, launches, workspace and offsets of its own default config, with
-the tunables given as name=value changed. Each case prints one line of JSON; the exit status is the number of failures
-(at most 100). Outputs and workspace start as NaN, and the workspace lies between red zones.
+What is launched is what the variant's row says: sources, launches, workspace and offsets of its own default config,
+with the tunables given as name=value changed. The first line of JSON names the package that was tested; each case
+prints one more. The exit status is the number of failures (at most 100). Outputs and workspace start as NaN, and the
+workspace lies between red zones.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import dataclasses
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import cases
 import torch
 
+import mla_jit
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch import interpreter
@@ -31,7 +34,9 @@ from mla_jit.target import Target, by_name
 RED = 1 << 20  # bytes on each side of the workspace
 
 
-def decode(call: cases.Call, target: Target, changes: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None, Config]:
+def decode(
+    call: cases.Call, target: Target, changes: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None, Config]:
     """The call's (out, lse) from interpreted kernels. AssertionError if they write beside the workspace."""
     inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
     problem = inputs.problem
@@ -49,37 +54,53 @@ def decode(call: cases.Call, target: Target, changes: dict[str, Any]) -> tuple[t
     size = VARIANT.workspace_bytes(problem, target, config)
     memory = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
     tensors = {**inputs.tensors, "out": out, "lse": lse}
-    places = {name: memory.data_ptr() + RED + offset for name, offset in VARIANT.offsets(problem, config).items()}
+    places = {
+        name: memory.data_ptr() + RED + offset for name, offset in VARIANT.offsets(problem, target, config).items()
+    }
 
-    binding = Binding({**inputs.binding.numbers, **VARIANT.numbers(problem, config)}, inputs.binding.views)
+    binding = Binding({**inputs.binding.numbers, **VARIANT.numbers(problem, target, config)}, inputs.binding.views)
     bf16 = "bf16" in (problem.q_dtype, problem.kv_dtype)
     constants = {"COMPUTE": "tl:float32", "QK_NATIVE": False} if bf16 else {}
-    bound = interpreter.bind(VARIANT.sources(problem, target, config), VARIANT.launches(problem, target, config), binding, constants)
-    pointers = [(places[name] if name in places else tensors[name].data_ptr()) + offset for name, offset in bound.operands]
+    bound = interpreter.bind(
+        VARIANT.sources(problem, target, config), VARIANT.launches(problem, target, config), binding, constants
+    )
+    pointers = [
+        (places[name] if name in places else tensors[name].data_ptr()) + offset for name, offset in bound.operands
+    ]
     bound.run(pointers, [inputs.floats[name] for name in bound.float_names])
-    assert (memory[:RED] == 0xFF).all() and (memory[RED + size :] == 0xFF).all(), f"{call.case.id}: written beside the workspace"
+    beside = torch.cat([memory[:RED], memory[RED + size :]])
+    assert (beside == 0xFF).all(), f"{call.case.id}: written beside the workspace"
     return out, lse, config
 
 
 def interpretable(case: cases.Case, dtype: str) -> cases.Case:
-    """The case in a dtype that the kernels take, where it is in fp32; the interpreter truncates to bf16, so not there."""
+    """The case in a dtype that the kernels take, where it is in fp32. No bf16 results: the interpreter truncates."""
     if case.q_dtype == "fp32":
         case = dataclasses.replace(case, q_dtype=dtype, kv_dtype=dtype)
     return dataclasses.replace(case, out_dtype="fp32") if cases.out_dtype(case) == "bf16" else case
 
 
+def say(line: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_80")
+    parser.add_argument("--sms", type=int, default=3, help="of the target; each of its programs is walked in Python")
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--only", default="", help="cases whose id contains this")
-    parser.add_argument("--every", type=int, default=1, help="only every Nth case")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
+    say({"package": str(Path(mla_jit.__file__).parent)})
+    target = dataclasses.replace(by_name(options.target), sms=options.sms)
     failures = 0
-    for case in cases.SMALL[:: options.every]:
+    first, step = map(int, options.part.split("/"))
+    for case in cases.SMALL[first::step]:
         case = interpretable(case, options.dtype)
         if options.only not in case.id:
             continue
@@ -87,14 +108,14 @@ def main() -> int:
         call = cases.build(case)
         line: dict[str, Any] = {"case": case.id}
         try:
-            out, lse, config = decode(call, by_name(options.target), changes)
+            out, lse, config = decode(call, target, changes)
             line["config"] = str(config)
             figures = cases.check(call, out, lse)
             line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
         except Exception as error:  # one bad case must not hide the others
             line["error"] = f"{type(error).__name__}: {error}"
             failures += 1
-        print(json.dumps(line | {"seconds": round(time.perf_counter() - started, 3)}), flush=True)
+        say(line | {"seconds": round(time.perf_counter() - started, 3)})
         if failures and options.stop:
             break
     return min(failures, 100)

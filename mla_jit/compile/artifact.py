@@ -36,7 +36,7 @@ class Source:
     name: str  # readable: "decode_splitk_triton"
     toolchain: str  # which file of compile/ builds it: "triton" | "ptx" | "amdgcn"
     toolchain_version: str
-    isa: str  # "sm_90a", "gfx942"
+    isa: str  # of a row of configs/targets.yaml
     content: str
     constants: tuple[tuple[str, Scalar], ...] = ()
     signature: tuple[tuple[str, str], ...] = ()

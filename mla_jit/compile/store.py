@@ -35,7 +35,7 @@ _MANIFEST_BYTES = 4 << 20  # more is no manifest, and is not read
 _TOUCH_S = 3600.0  # a use is noted at most this often, for gc; not on every load of every process
 
 
-class Bad(ValueError):
+class EntryError(ValueError):
     """An entry that is provably not what it should be (as opposed to one that cannot be read just now)."""
 
 
@@ -88,7 +88,7 @@ class Store:
         """The entry's artifact, verified; None is a miss. A bad entry is evicted where that is ours to do."""
         try:
             artifact = read(path, key)
-        except Bad:
+        except EntryError:
             if self.writable:
                 self.remove(path, unless_good=key)
             return None
@@ -135,7 +135,7 @@ class Store:
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
-            with contextlib.suppress(Bad, OSError):
+            with contextlib.suppress(EntryError, OSError):
                 if (winner := read(path, key)) is not None:
                     return winner
             self.remove(path, unless_good=key)
@@ -161,7 +161,7 @@ class Store:
             return not os.path.lexists(path)
         with contextlib.suppress(OSError):
             if unless_good is not None:
-                with contextlib.suppress(Bad):
+                with contextlib.suppress(EntryError):
                     if read(aside, unless_good) is not None:
                         os.rename(aside, path)
                         return False
@@ -181,7 +181,7 @@ class Store:
             read(path, key, thorough=thorough)
             filed = path.parent.name == key[:2] and path.name.endswith(f"-{key[:16]}")
             problem = None if filed else "it is filed under the name of another key"
-        except (Bad, OSError, KeyError, TypeError) as error:
+        except (EntryError, OSError, KeyError, TypeError) as error:
             problem = str(error) or type(error).__name__
         name, isa = str(manifest.get("name", path.name)), str(manifest.get("isa", ""))
         return Entry(str(key), name, isa, size_bytes, path, created, used, self.root, problem)
@@ -201,7 +201,7 @@ class Store:
 
 
 def read(path: Path, key: str, *, thorough: bool = True) -> Artifact | None:
-    """The verified artifact of the entry at path, None when there is none, Bad when it is not what it should be.
+    """The verified artifact of the entry at path, None when there is none, EntryError when it is not what it should be.
 
     OSError when it cannot be read now (permissions, a stale handle). Not `thorough`: without the binary's content.
     """
@@ -209,29 +209,29 @@ def read(path: Path, key: str, *, thorough: bool = True) -> Artifact | None:
         return None
     manifest = _manifest(path)
     if manifest.get("key") != key:
-        raise Bad("the manifest is another key's")
+        raise EntryError("the manifest is another key's")
     if manifest.get("abi") != ABI:
-        raise Bad(f"its ABI is {manifest.get('abi')!r}, not {ABI}")
+        raise EntryError(f"its ABI is {manifest.get('abi')!r}, not {ABI}")
     size = manifest.get("size")
     if not isinstance(size, int):
-        raise Bad("the manifest names no size")
+        raise EntryError("the manifest names no size")
     binary = _read_regular(path / BINARY, size, exactly=True, content=thorough)
     if thorough and hashlib.sha256(binary).hexdigest() != manifest.get("sha256"):
-        raise Bad("the binary's hash is not the manifest's")
+        raise EntryError("the binary's hash is not the manifest's")
     try:
         return Artifact.from_manifest(manifest, binary)
     except (KeyError, TypeError) as error:
-        raise Bad(f"the manifest lacks a field ({error})") from None
+        raise EntryError(f"the manifest lacks a field ({error})") from None
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    """The manifest of an entry, whole and unaltered; Bad otherwise."""
+    """The manifest of an entry, whole and unaltered; EntryError otherwise."""
     try:
         manifest = json.loads(_read_regular(path / MANIFEST, _MANIFEST_BYTES))
     except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Bad(f"the manifest is no JSON ({type(error).__name__})") from None
+        raise EntryError(f"the manifest is no JSON ({type(error).__name__})") from None
     if not isinstance(manifest, dict) or manifest.pop("check", None) != _check(manifest):
-        raise Bad("the manifest does not match its check sum")
+        raise EntryError("the manifest does not match its check sum")
     return manifest
 
 
@@ -247,19 +247,19 @@ def _check(manifest: dict[str, Any]) -> str:
 
 
 def _read_regular(path: Path, size: int, *, exactly: bool = False, content: bool = True) -> bytes:
-    """The content of a regular file of at most (or exactly) size bytes, b"" without `content`; Bad when it is none."""
+    """The content of a regular file of at most (or exactly) size bytes, b"" without `content`; else EntryError."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not block us
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
-            raise Bad(f"{path.name} is missing") from None
+            raise EntryError(f"{path.name} is missing") from None
         raise
     with open(fd, "rb") as file:
         seen = os.fstat(fd)
         if not stat.S_ISREG(seen.st_mode):
-            raise Bad(f"{path.name} is no file")
+            raise EntryError(f"{path.name} is no file")
         if seen.st_size > size or (exactly and seen.st_size != size):
-            raise Bad(f"{path.name} has {seen.st_size} bytes, not {size}")
+            raise EntryError(f"{path.name} has {seen.st_size} bytes, not {size}")
         return file.read() if content else b""
 
 

@@ -36,8 +36,10 @@ class CudaBound:
     """See launch.base.Bound. Thread-safe: the argument block is written and launched under a lock."""
 
     def __init__(self, runtime: CudaRuntime, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int):
+        import torch
         from cuda.bindings import driver
 
+        self._current_device = torch._C._cuda_getDevice
         self._device, self._binding = device, binding
         self._packed = packed = Packed(artifacts, launches, binding)
         self.operands, self.float_names = packed.operands, packed.float_names
@@ -47,12 +49,12 @@ class CudaBound:
         self._launch = driver.cuLaunchKernelEx
         self._pack, self._block = packed.call.pack_into, packed.block
         self._maps: list[tuple[int, int, int, dict[str, Any], Arg]] = []
-        self._encoded: dict[tuple[int, int], Any] = {}
+        self._encoded: dict[tuple[int, int], tuple[int, Any]] = {}
         self._mapped: list[int] = []
         for number, position, parameter, arg in packed.maps:
             box = artifacts[launches[number].kernel].extra["tma"][parameter]
             self._maps.append((packed.operands.index((arg.name, arg.offset)), number, position, box, arg))
-            self._mapped.append(0)
+        self._map_operands = [operand for operand, *_ in self._maps]
         self._calls = []
         for number, launch in enumerate(launches):
             artifact = artifacts[launch.kernel]
@@ -75,13 +77,17 @@ class CudaBound:
             self._calls.append((config, function, ctypes.addressof(packed.addresses[number]), artifact.name))
 
     def run(self, pointers: Sequence[int], floats: Sequence[float], stream: int) -> None:
+        if self._current_device() != self._device:  # a launch goes to the current context
+            import torch
+
+            with torch.cuda.device(self._device):
+                return self.run(pointers, floats, stream)
         with self._lock:
             self._pack(self._block, 0, *pointers, *floats)
-            for i, (operand, number, position, box, arg) in enumerate(self._maps):
-                pointer = pointers[operand]
-                if pointer != self._mapped[i]:
-                    self._packed.point(number, position, self._map(i, pointer, box, arg))
-                    self._mapped[i] = pointer
+            if self._maps and self._mapped != (mapped := [pointers[i] for i in self._map_operands]):
+                for i, (operand, number, position, box, arg) in enumerate(self._maps):
+                    self._packed.point(number, position, self._map(i, pointers[operand], box, arg))
+                self._mapped = mapped
             if stream != self._stream:
                 handle = self._driver.CUstream(stream)
                 for config, *_ in self._calls:
@@ -97,8 +103,9 @@ class CudaBound:
         if (index, pointer) not in self._encoded:
             if len(self._encoded) >= _MAPS_KEPT:
                 self._encoded.clear()
-            self._encoded[index, pointer] = encode_map(pointer, self._binding.views[arg.name], box)
-        return int(self._encoded[index, pointer].getPtr())
+            made = encode_map(pointer, self._binding.views[arg.name], box)
+            self._encoded[index, pointer] = (int(made.getPtr()), made)
+        return self._encoded[index, pointer][0]
 
 
 def encode_map(pointer: int, view: Any, box: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.errors import LaunchError
 from mla_jit.launch.base import Arg, Binding, Launch
 
-_KINDS = {"i32": "i32", "i64": "i64", "fp32": "f32"}  # a signature's scalar type -> an argument's kind
+_KINDS = {"i32": ("i32",), "i64": ("i64",), "fp32": ("f32", "f32c")}  # a signature's scalar type -> kinds of arguments
 
 
 @dataclass
@@ -48,7 +48,9 @@ class InterpreterBound:
                 arguments[parameter] = self._argument(parameter, kind, arg, addresses, values)
             getattr(importlib.import_module(module), name)[launch.grid](**arguments)
 
-    def _argument(self, parameter: str, kind: str, arg: Arg, addresses: Mapping[Any, int], values: Mapping[str, Any]) -> Any:
+    def _argument(
+        self, parameter: str, kind: str, arg: Arg, addresses: Mapping[Any, int], values: Mapping[str, Any]
+    ) -> Any:
         """The interpreter's value of one parameter. LaunchError where signature and launch disagree."""
         import numpy as np
         import triton.language as tl
@@ -56,17 +58,18 @@ class InterpreterBound:
 
         base, _, divisor = kind.partition(":")
         element = base.removeprefix("tma<").partition("[")[0] if arg.kind == "tma" else base.lstrip("*")
-        expected = "tma" if base.startswith("tma<") else "ptr" if base.startswith("*") else _KINDS.get(base)
-        if arg.kind != expected:
-            raise LaunchError(f"parameter {parameter} is {kind} in the source, its argument {arg.name} is of kind {arg.kind}")
+        pointer = ("tma",) if base.startswith("tma<") else ("ptr",) if base.startswith("*") else ()
+        if arg.kind not in (pointer or _KINDS.get(base, ())):
+            raise LaunchError(f"parameter {parameter} is {kind} in the source, its argument {arg.name} is {arg.kind}")
         if arg.kind in ("ptr", "tma"):
             value = addresses[arg.name, arg.offset]
             dtype: Any = tl.pointer_type(tl.str_to_ty(element, None))
             handle = TensorHandle(np.array([value], np.uint64), dtype)
         else:
             value = values[arg.name]
-            dtype = {"i32": tl.int32, "i64": tl.int64, "f32": tl.float32}[arg.kind]
-            handle = TensorHandle(np.array([value], {"i32": np.int32, "i64": np.int64, "f32": np.float32}[arg.kind]), dtype)
+            number: Any = {"i32": np.int32, "i64": np.int64, "fp32": np.float32}[base]
+            dtype = tl.str_to_ty(base, None)
+            handle = TensorHandle(np.array([value], number), dtype)
         if divisor and value % int(divisor):
             raise LaunchError(f"parameter {parameter} was compiled as a multiple of {divisor}; it is {value}")
         tensor = tl.tensor(handle, dtype)
@@ -84,7 +87,10 @@ def _constant(value: Any) -> Any:
 
 
 def bind(
-    sources: Sequence[Source], launches: Sequence[Launch], binding: Binding, constants: Mapping[str, Scalar] | None = None
+    sources: Sequence[Source],
+    launches: Sequence[Launch],
+    binding: Binding,
+    constants: Mapping[str, Scalar] | None = None,
 ) -> InterpreterBound:
     """The launches of a problem, ready to run. LaunchError where Triton was not imported as an interpreter."""
     if not settings.interpreting():

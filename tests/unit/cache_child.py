@@ -74,7 +74,7 @@ def compile_source(source: Source) -> Artifact:
         os._exit(3)
     elif verb == "chatter":
         os.write(1, b'{"manifest": 1}\n' * 20_000)
-        print("compiler says hello", flush=True)
+        sys.stdout.write("compiler says hello\n")
     elif verb == "torch":
         import torch  # noqa: F401
     elif verb == "where":
@@ -133,6 +133,12 @@ def run(env: dict[str, str], scenario: str, **arguments: Any) -> dict[str, Any]:
     return finish(start(env, scenario, **arguments))
 
 
+def say(value: Any) -> None:
+    """A line of JSON on stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
 def wait_for(condition: Any, timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -180,7 +186,7 @@ def build_as_nobody(contents: list[str], uid: int, **changes: Any) -> list[Any]:
 
 def churn(contents: list[str], seed: int) -> None:
     """Builds, forgets, clears and collects until it is killed."""
-    print(json.dumps("started"), flush=True)
+    say("started")
     for turn in range(seed, 1 << 30):
         cache.build(source_of(contents[turn * 7 % len(contents)]))
         cache.forget()
@@ -227,7 +233,7 @@ def fork_and_die_compiling(content: str) -> None:
         os.close(2)
         time.sleep(20)
         os._exit(0)
-    print(json.dumps(pid), flush=True)
+    say(pid)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -253,9 +259,7 @@ def main() -> None:
     logging.getLogger("mla_jit").addHandler(handler)
     cache.register_toolchain("fake", "cache_child")
     result = globals()[sys.argv[1]](**json.loads(sys.argv[2]))
-    print(
-        json.dumps({"result": result, "warnings": records, "root": str(cache.root()), "torch": "torch" in sys.modules})
-    )
+    say({"result": result, "warnings": records, "root": str(cache.root()), "torch": "torch" in sys.modules})
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def test_origins(root: Path) -> None:
     cache.forget()
     again, origin = cache.build_traced(source)
     assert (origin, again.binary) == ("disk", binary_of(source))
-    assert again == first and again.manifest() == first.manifest()  # the fields that == leaves out, too
+    assert again == first
+    assert again.manifest() == first.manifest()  # also the fields that == leaves out
     assert cache.build(source) is again
     assert compiles(root) == 1
 
@@ -92,16 +93,21 @@ def test_sources_that_differ_have_their_own_entries(root: Path) -> None:
 
 def test_lookup_and_path_of(root: Path) -> None:
     source = source_of("a")
-    assert cache.lookup(source) is None and cache.lookup(source.key) is None and cache.path_of(source.key) is None
+    assert cache.lookup(source) is None
+    assert cache.lookup(source.key) is None
+    assert cache.path_of(source.key) is None
     assert compiles(root) == 0
     cache.build(source)
     for wanted in (source, source.key):
         cache.forget()
         found = cache.lookup(wanted)
-        assert found == artifact_of(source) and cache.lookup(wanted) is found
+        assert found == artifact_of(source)
+        assert cache.lookup(wanted) is found
     path = cache.path_of(source.key)
-    assert path is not None and (path / "kernel.bin").read_bytes() == binary_of(source)
-    assert cache.lookup(source_of("b")) is None and compiles(root) == 1
+    assert path is not None
+    assert (path / "kernel.bin").read_bytes() == binary_of(source)
+    assert cache.lookup(source_of("b")) is None
+    assert compiles(root) == 1
 
 
 def test_what_a_tuple_becomes_is_the_same_from_the_compiler_and_from_disk(root: Path) -> None:
@@ -120,7 +126,8 @@ def test_threads_compile_once(root: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(origin for _, origin in results) == ["compiled"] + ["memory"] * 15
-    assert all(artifact is results[0][0] for artifact, _ in results) and compiles(root) == 1
+    assert all(artifact is results[0][0] for artifact, _ in results)
+    assert compiles(root) == 1
 
 
 def test_threads_compile_once_without_a_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +143,8 @@ def test_threads_compile_once_without_a_disk(root: Path, monkeypatch: pytest.Mon
     for thread in threads:
         thread.join()
     assert cache.root() is None
-    assert sorted(origins) == ["compiled"] + ["memory"] * 7 and compiles(root) == 1
+    assert sorted(origins) == ["compiled"] + ["memory"] * 7
+    assert compiles(root) == 1
 
 
 def test_file_locks_exclude_although_their_files_come_and_go(tmp_path: Path) -> None:
@@ -159,7 +167,8 @@ def test_file_locks_exclude_although_their_files_come_and_go(tmp_path: Path) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert clashes == [] and list(tmp_path.iterdir()) == []
+    assert clashes == []
+    assert list(tmp_path.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
@@ -171,7 +180,8 @@ def test_threads_with_other_keys_do_not_wait(root: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert compiles(root) == 8 and time.monotonic() - begin < 2.0  # in a row they would take 4 s
+    assert compiles(root) == 8
+    assert time.monotonic() - begin < 2.0  # in a row they would take 4 s
 
 
 # ----------------------------------------------------------------------------------------------------- what is on disk
@@ -192,7 +202,8 @@ def test_layout_and_permissions(root: Path) -> None:
     assert (manifest["key"], manifest["size"], manifest["abi"]) == (source.key, 20_000, ABI)
     modes = {p: stat.S_IMODE(p.stat().st_mode) for p in [root, *root.rglob("*")]}
     assert {p: mode for p, mode in modes.items() if mode != (0o700 if p.is_dir() else 0o600)} == {}
-    assert list((root / "v1" / "staging").iterdir()) == [] and list((root / "v1" / "locks").iterdir()) == []
+    assert list((root / "v1" / "staging").iterdir()) == []
+    assert list((root / "v1" / "locks").iterdir()) == []
 
 
 def test_a_root_can_be_moved(root: Path, tmp_path: Path) -> None:
@@ -227,7 +238,8 @@ def test_layers_are_read_in_order_and_never_written(root: Path, tmp_path: Path) 
         assert [entry.layer.name for entry in cache.entries()] == ["root", "layer0", "layer0", "layer1", "layer1"]
         assert cache.path_of(shared.key).parents[2].name == "layer0"  # type: ignore[union-attr]
         assert [(fault.path, fault.fixed) for fault in cache.verify(fix=True)] == [(broken.parent, False)]
-        assert cache.clear() == 1 and cache.gc(max_bytes=0).entries == ()
+        assert cache.clear() == 1
+        assert cache.gc(max_bytes=0).entries == ()
     assert [snapshot(tmp_path / name) for name in ("layer0", "layer1")] == before
     assert not (tmp_path / "missing").exists()
 
@@ -238,13 +250,16 @@ def test_strict_mode_and_forbidden_compiles(root: Path) -> None:
         with pytest.raises(CacheMiss, match=r"strict mode") as caught:
             cache.build(source)
         message = str(caught.value)
-        assert source.key in message and "fake_kernel" in message and str(root) in message
+        assert source.key in message
+        assert "fake_kernel" in message
+        assert str(root) in message
         assert "mla-tune compile --target sm_90a --model" in message
     with settings.scope(mode="strict", target="gfx942"), pytest.raises(CacheMiss, match="--target gfx942"):
         cache.build(source)
     with pytest.raises(CacheMiss, match="not allowed under CUDA graph capture"):
         cache.build(source, forbid_compile="under CUDA graph capture")
-    assert compiles(root) == 0 and cache.entries() == []
+    assert compiles(root) == 0
+    assert cache.entries() == []
     cache.build(source)
     cache.forget()
     with settings.scope(mode="strict"):
@@ -260,11 +275,15 @@ def test_entries(root: Path) -> None:
     (entry,) = cache.entries()
     manifest_bytes = (entry.path / "manifest.json").stat().st_size
     assert (entry.key, entry.name, entry.isa, entry.layer) == (source_of("a").key, "fake_kernel", "sm_90a", root)
-    assert entry.ok and entry.size_bytes == 20_000 + manifest_bytes
-    assert begin - 2 < entry.created <= time.time() + 2 and begin - 2 < entry.used <= time.time() + 2
+    assert entry.ok
+    assert entry.size_bytes == 20_000 + manifest_bytes
+    assert begin - 2 < entry.created <= time.time() + 2
+    assert begin - 2 < entry.used <= time.time() + 2
     (entry.path / "manifest.json").write_text("{}")
     (broken,) = cache.entries()
-    assert not broken.ok and broken.key == entry.key[:16] and "check sum" in (broken.problem or "")
+    assert not broken.ok
+    assert broken.key == entry.key[:16]
+    assert "check sum" in (broken.problem or "")
 
 
 def test_verify(root: Path) -> None:
@@ -285,9 +304,11 @@ def test_verify(root: Path) -> None:
         (moved, good.key, "it is filed under the name of another key"),
     }
     faults = cache.verify()
-    assert {(f.path, f.key, f.reason) for f in faults} == expected and not any(f.fixed for f in faults)
+    assert {(f.path, f.key, f.reason) for f in faults} == expected
+    assert not any(f.fixed for f in faults)
     assert len(cache.entries()) == 4  # nothing was evicted
-    assert all(f.fixed for f in cache.verify(fix=True)) and cache.verify() == []
+    assert all(f.fixed for f in cache.verify(fix=True))
+    assert cache.verify() == []
     assert [entry.key for entry in cache.entries()] == [good.key]
 
 
@@ -299,10 +320,12 @@ def test_gc(root: Path) -> None:
     cache.forget()
     cache.build(sources[1])  # this use makes b the youngest
     collected = cache.gc(max_age_s=35 * 3600)
-    assert [entry.key for entry in collected.entries] == [sources[0].key] and collected.size_bytes > 20_000
+    assert [entry.key for entry in collected.entries] == [sources[0].key]
+    assert collected.size_bytes > 20_000
     assert [entry.key for entry in cache.gc(max_bytes=45_000).entries] == [sources[2].key]
     assert {entry.key for entry in cache.entries()} == {sources[1].key, sources[3].key}
-    assert cache.gc() == cache.Collected((), 0, 0) and cache.verify() == []
+    assert cache.gc() == cache.Collected((), 0, 0)
+    assert cache.verify() == []
     cache.forget()
     assert [cache.build_traced(source)[1] for source in sources] == ["compiled", "disk", "compiled", "disk"]
 
@@ -318,7 +341,8 @@ def test_gc_collects_litter(root: Path) -> None:
     held = locks.FileLock(lock_files, "held")
     assert held.try_acquire()
     assert cache.gc() == cache.Collected((), 1, 1)
-    assert [p.name for p in staging.iterdir()] == ["young"] and [p.name for p in lock_files.iterdir()] == ["held.lock"]
+    assert [p.name for p in staging.iterdir()] == ["young"]
+    assert [p.name for p in lock_files.iterdir()] == ["held.lock"]
     held.release()
     assert list(lock_files.iterdir()) == []
     (staging / "old").mkdir()
@@ -330,7 +354,9 @@ def test_gc_collects_litter(root: Path) -> None:
 def test_clear(root: Path) -> None:
     for content in "abc":
         cache.build(source_of(content))
-    assert cache.clear() == 3 and cache.entries() == [] and cache.clear() == 0
+    assert cache.clear() == 3
+    assert cache.entries() == []
+    assert cache.clear() == 0
     assert cache.lookup(source_of("a")) is None  # not in memory either
     assert cache.build_traced(source_of("a"))[1] == "compiled"
 
@@ -356,13 +382,16 @@ def test_compile_errors(root: Path, safe: bool) -> None:
             CompileError, match=r"ValueError: error: bad layout \(key [0-9a-f]{64}\)\. Choose"
         ) as caught:
             cache.build(source_of("raise bad layout"))
-        assert caught.value.key == source_of("raise bad layout").key and "note: nothing" in caught.value.log
+        assert caught.value.key == source_of("raise bad layout").key
+        assert "note: nothing" in caught.value.log
         with pytest.raises(IllegalArtifact, match=r"^spills 12$") as illegal:
             cache.build(source_of("illegal 12"))
-        assert illegal.value.log == "ptxas info: spilled" and illegal.value.key == source_of("illegal 12").key
+        assert illegal.value.log == "ptxas info: spilled"
+        assert illegal.value.key == source_of("illegal 12").key
         with pytest.raises(CompileError, match="returned an artifact for the key"):
             cache.build(source_of("otherkey"))
-    assert cache.entries() == [] and list((root / "v1" / "locks").iterdir()) == []
+    assert cache.entries() == []
+    assert list((root / "v1" / "locks").iterdir()) == []
     with pytest.raises(CompileError):  # an error is not remembered
         cache.build(source_of("raise bad layout"))
     assert compiles(root) == 4
@@ -374,7 +403,8 @@ def test_safe_compile_runs_in_a_child_without_torch(root: Path, monkeypatch: pyt
     with settings.scope(safe_compile=True):
         artifact, origin = cache.build_traced(source_of("where"))
         assert (origin, artifact.binary) == ("compiled", binary_of(source_of("where")))
-        assert artifact.provenance["pid"] != os.getpid() and artifact.provenance["cwd"] == os.getcwd()
+        assert artifact.provenance["pid"] != os.getpid()
+        assert artifact.provenance["cwd"] == os.getcwd()
         assert Path(artifact.provenance["tempdir"]).name.startswith("mla_jit-child-")
         assert not Path(artifact.provenance["tempdir"]).exists()
         assert not {"triton", "numpy", "pytest"} & set(artifact.provenance["modules"])
@@ -392,12 +422,14 @@ def test_safe_compile_runs_in_a_child_without_torch(root: Path, monkeypatch: pyt
 def test_the_root_is_the_setting_else_the_users_cache_directory(tmp_path: Path) -> None:
     home = environment(tmp_path / "home")
     report = run(home, "build", contents=["a"])
-    assert report["root"] == str(tmp_path / "home/.cache/mla_jit") and report["warnings"] == []
+    assert report["root"] == str(tmp_path / "home/.cache/mla_jit")
+    assert report["warnings"] == []
     assert stat.S_IMODE((tmp_path / "home/.cache").stat().st_mode) == 0o700
     report = run(home | {"XDG_CACHE_HOME": str(tmp_path / "xdg")}, "build", contents=["a"])
     assert report["root"] == str(tmp_path / "xdg/mla_jit")
     report = run(home | {"MLA_JIT_CACHE_DIR": str(tmp_path / "set")}, "build", contents=["a"])
-    assert report["root"] == str(tmp_path / "set") and report["result"][0]["origin"] == "compiled"
+    assert report["root"] == str(tmp_path / "set")
+    assert report["result"][0]["origin"] == "compiled"
     report = run(home | {"MLA_JIT_CACHE_DIR": str(tmp_path / "set")}, "build", contents=["a"])
     assert report["result"][0]["origin"] == "disk"
 
@@ -410,7 +442,9 @@ def test_ignorance_of_the_home_directory_makes_no_directory_named_tilde(
     monkeypatch.chdir(tmp_path / "..")
     with settings.scope(cache_dir=None):
         assert cache.root() == tmp_path / f"mla_jit-{os.geteuid()}"
-    assert len(caplog.messages) == 1 and "no home directory" in caplog.text and not Path("~").exists()
+    assert len(caplog.messages) == 1
+    assert "no home directory" in caplog.text
+    assert not Path("~").exists()
 
 
 MOUNTS = r"""
@@ -458,7 +492,8 @@ def test_locks_of_a_network_root_lie_on_the_node(root: Path, tmp_path: Path, mon
     (tmp_path / "mounts").write_text(f"/dev/vda / ext4 rw 0 0\nserver:/x {os.path.realpath(root)} nfs rw 0 0\n")
     cache.build(source_of("a"))
     assert locks.directory(root) == node / f"mla_jit-{os.geteuid()}" / "v1" / "locks"
-    assert not (root / "v1" / "locks").exists() and cache.verify() == []
+    assert not (root / "v1" / "locks").exists()
+    assert cache.verify() == []
     # Nothing local to put a lock in: no lock, no waiting, and the same artifact.
     (tmp_path / "mounts").write_text("server:/x / nfs rw 0 0\n")
     assert locks.directory(root) is None
@@ -495,4 +530,5 @@ def test_processes_compile_once(root: Path, tmp_path: Path) -> None:
     results = [cache_child.finish(process)["result"][0] for process in processes]
     assert sorted(result["origin"] for result in results) == ["compiled"] + ["disk"] * 31
     assert {result["sha256"] for result in results} == {artifact_of(source_of("sleep 0.5")).sha256}
-    assert compiles(root) == 1 and list((root / "v1" / "locks").iterdir()) == []
+    assert compiles(root) == 1
+    assert list((root / "v1" / "locks").iterdir()) == []

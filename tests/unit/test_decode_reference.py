@@ -24,7 +24,9 @@ def _sequence(call: cases.Call, b: int) -> tuple[int, dict[int, tuple[int, int]]
     if case.csr:
         begin, end = kw["kv_indptr"][b : b + 2].tolist()
         entries = [int(kw["kv_indices"][i]) for i in range(begin, end)]
-        length = sum(case.page for _ in entries[:-1]) + (int(kw["kv_last_page_lens"][b]) if entries and case.page > 1 else len(entries[-1:]))
+        length = sum(case.page for _ in entries[:-1]) + (
+            int(kw["kv_last_page_lens"][b]) if entries and case.page > 1 else len(entries[-1:])
+        )
         if case.csr_lens:
             length = int(kw["seq_lens"][b])
     else:
@@ -54,7 +56,9 @@ def naive(call: cases.Call) -> tuple[np.ndarray, np.ndarray]:
             seen = [p for p in place if not case.causal or p <= length - q_len + t]
             for h in range(case.heads) if seen else ():
                 kv_head = h * case.kv_heads // case.heads
-                keys = k_factor * np.stack([np.concatenate([c[page, slot, kv_head] for c in caches]) for page, slot in map(place.get, seen)])
+                keys = k_factor * np.stack(
+                    [np.concatenate([c[page, slot, kv_head] for c in caches]) for page, slot in map(place.get, seen)]
+                )
                 logits = keys @ (q_factor * q[token, h]) * kw["sm_scale"]
                 if case.cap:
                     logits = case.cap * np.tanh(logits / case.cap)
@@ -106,10 +110,16 @@ def test_the_ranks_of_a_context_merge_to_the_whole(q_len: int) -> None:
         for b, n in enumerate(case.lens):
             own = whole.kwargs["block_table"][b, rank:n:world]
             table[b, : len(own)] = own
-        parts.append(reference.decode(whole.q, whole.kv_cache, **{**_plain(whole), "block_table": table, "cp_rank": rank, "cp_world": world}))
+        parts.append(
+            reference.decode(
+                whole.q, whole.kv_cache, **{**_plain(whole), "block_table": table, "cp_rank": rank, "cp_world": world}
+            )
+        )
     lses = torch.stack([part_lse for _, part_lse in parts])
     total = torch.logsumexp(lses, 0)
-    merged = sum(part_out * torch.exp(part_lse - total.nan_to_num(neginf=0.0))[..., None] for part_out, part_lse in parts)
+    merged = sum(
+        part_out * torch.exp(part_lse - total.nan_to_num(neginf=0.0))[..., None] for part_out, part_lse in parts
+    )
     torch.testing.assert_close(total, lse)
     torch.testing.assert_close(merged, out)
 
@@ -122,7 +132,9 @@ def test_equal_keys_give_the_mean_and_the_logarithm_of_the_count() -> None:
     cache = torch.zeros(2, 8, 1, 24)
     cache[..., :16] = torch.arange(16)
     q = torch.ones(1, 2, 24)
-    out, lse = reference.decode(q, cache, kv_lora_rank=16, sm_scale=0.01, block_table=torch.tensor([[1, 0]]), seq_lens=torch.tensor([11]))
+    out, lse = reference.decode(
+        q, cache, kv_lora_rank=16, sm_scale=0.01, block_table=torch.tensor([[1, 0]]), seq_lens=torch.tensor([11])
+    )
     torch.testing.assert_close(out, torch.arange(16.0, dtype=torch.float64).expand(1, 2, 16))
     torch.testing.assert_close(lse, torch.full((1, 2), math.log(11) + 1.2, dtype=torch.float64))
 
@@ -146,7 +158,7 @@ def test_the_judge_sees_one_wrong_row() -> None:
     call = cases.build(cases.Case(lens=(90, 0)))
     out, lse = (x.float() for x in call.expected())
     figures = cases.check(call, out, lse)
-    assert figures.rel_l2 < 1e-6 and figures.lse_error < 1e-6
+    assert max(figures.rel_l2, figures.lse_error) < 1e-6
     spoiled = {"nan": (0, 1, 3), "zero": (1, 2, 0)}
     for row in spoiled.values():
         bad = out.clone()

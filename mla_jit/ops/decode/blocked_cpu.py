@@ -214,7 +214,7 @@ def _run(p: DecodeProblem, config: Config, inputs: DecodeInputs) -> None:
     rank, world, ratio = int(numbers["cp_rank"]), int(numbers["cp_world"]), p.gqa_ratio
 
     def of_tokens(x: Tensor, first: int, last: int, b: int) -> Tensor:
-        """The query tokens first … last of the call, which are those of sequence b; x has a dimension for q_len or not."""
+        """The call's query tokens first … last, those of sequence b, whether or not x has a dimension for q_len."""
         return x[b] if t["q"].dim() == 4 else x[first:last]
 
     for b, (first, last, length, table) in enumerate(_sequences(p, t)):
@@ -237,8 +237,8 @@ def _run(p: DecodeProblem, config: Config, inputs: DecodeInputs) -> None:
                 tokens.whole = tokens.gather(torch.arange(local, device=inputs.device))
             heads = slice(kv_head * ratio, (kv_head + 1) * ratio)
             sinks = None if t["sinks"] is None else t["sinks"][heads].repeat(q_len)
-            result, row_lse = _attend_head(p, config, q[:, heads].reshape(q_len * ratio, -1), visible.repeat_interleave(ratio),
-                                           tokens, sinks, floats["logit_cap"])  # fmt: skip
+            rows, ends = q[:, heads].reshape(q_len * ratio, -1), visible.repeat_interleave(ratio)
+            result, row_lse = _attend_head(p, config, rows, ends, tokens, sinks, floats["logit_cap"])
             out[:, heads] = (result * (floats["v_scale"] * kv_scale)).view(q_len, ratio, -1).to(out.dtype)
             if lse is not None:
                 lse[:, heads] = (row_lse * (floats["lse_mul"] / LN2)).view(q_len, ratio)
@@ -249,14 +249,16 @@ def _attend_head(p: DecodeProblem, config: Config, q: Tensor, end: Tensor, token
     """(out [rows, C], natural LSE [rows]) of the packed rows of one sequence and KV head."""
     import torch
 
-    splits, block_m = num_splits(p, config), config.int("block_m")
+    block_m, block_n = config.int("block_m"), config.int("block_n")
+    tiles = max(1, -(-int(end.max()) // block_n))
+    splits = min(num_splits(p, config), tiles)  # one that has no tile adds nothing
     results = []
     for m0 in range(0, q.shape[0], block_m):
         block = q[m0 : m0 + block_m].contiguous()
-        n = block.shape[0]
-        m, l, o = block.new_full((splits, n), -torch.inf), block.new_zeros(splits, n), block.new_zeros(splits, n, p.kv_lora_rank)
+        m = block.new_full((splits, block.shape[0]), -torch.inf)
+        l, o = torch.zeros_like(m), block.new_zeros(*m.shape, p.kv_lora_rank)
         rows = _Rows(block, end[m0 : m0 + block_m], cap, m, l, o)
-        _attend_sequence(rows, tokens, config.int("block_n"))
+        _attend_sequence(rows, tokens, block_n)
         m, l, o = rows.combine()
         denominator = l if sinks is None else l + torch.exp(sinks[m0 : m0 + block_m] - m)
         out = torch.where((l > 0)[:, None], o / denominator[:, None], 0.0)
@@ -265,6 +267,15 @@ def _attend_head(p: DecodeProblem, config: Config, q: Tensor, end: Tensor, token
 
 
 DECODE_BLOCKED_CPU = Variant(
-    name=NAME, op="decode", backend="cpu", rejects=rejects, default=default, sources=lambda p, target, config: (),
-    launches=lambda p, target, config: (), workspace_bytes=lambda p, target, config: 0, cost=cost, space=SPACE, host=run,
-)  # fmt: skip
+    name=NAME,
+    op="decode",
+    backend="cpu",
+    rejects=rejects,
+    default=default,
+    sources=lambda p, target, config: (),
+    launches=lambda p, target, config: (),
+    workspace_bytes=lambda p, target, config: 0,
+    cost=cost,
+    space=SPACE,
+    host=run,
+)

@@ -208,7 +208,7 @@ def decode_inputs(
                 "dimension (stride(0) == q_len * stride(1)); call .contiguous()",
             )
     numbers: dict[str, Number] = {
-        "total_rows": min(tokens, batch * q_len) * heads, "cp_rank": cp_rank, "cp_world": cp_world, "table_stride": table["table"].stride(0),
+        "cp_rank": cp_rank, "cp_world": cp_world, "table_stride": table["table"].stride(0),
     }  # fmt: skip
     token_dim = 1 if (per_token == 1 and (q_len > 1)) else 0
     for name, t in (("q", q0), ("q_pe", rope_q)):

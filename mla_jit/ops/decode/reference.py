@@ -38,7 +38,9 @@ def decode(
     change nothing. Query tokens that belong to no sequence give 0 and -inf, as rows with nothing to attend do.
     """
     q = torch.cat([part.to(dtype) for part in q], -1) if isinstance(q, (tuple, list)) else q.to(dtype)
-    buffers = [b if b.dim() == 4 else b.unsqueeze(2) for b in (kv_cache if isinstance(kv_cache, (tuple, list)) else [kv_cache])]
+    buffers = [
+        b if b.dim() == 4 else b.unsqueeze(2) for b in (kv_cache if isinstance(kv_cache, (tuple, list)) else [kv_cache])
+    ]
     page_size, kv_heads = buffers[0].shape[1:3]
     heads, width = q.shape[-2:]
     tokens = q.reshape(-1, heads, width)

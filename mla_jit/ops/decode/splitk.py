@@ -22,11 +22,12 @@ _MODULE = "mla_jit.ops.decode.triton_splitk"
 _PATH = str(Path(__file__).with_name("triton_splitk.py"))
 _COMPUTE = {"bf16": "tl:bfloat16", "fp16": "tl:float16", "fp32": "tl:float32"}
 _INVARIANT_TOKENS = 2048  # tokens a split under batch_invariant, whatever the batch
+_MOST_BALANCED = 1024  # sequences whose lengths one program holds
 _SPILL_BYTES = 1024  # the peeled, masked tile may spill; the main loop's budget is checked by its speed
 
 # Arguments of the kernels by parameter: the operand behind a pointer, or how a number is passed.
 _FLOATS = ("qk_scale", "v_scale", "logit_cap", "lse_mul")
-_INTS = ("total_rows", "max_q_len", "num_splits", "min_tiles", "cp_rank", "cp_world")
+_INTS = ("batch", "max_q_len", "num_splits", "min_tiles", "wave", "slots", "cp_rank", "cp_world")
 _STAGE1_POINTERS = (
     "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse",
     "part", "part_lse",
@@ -71,6 +72,11 @@ def num_splits(p: DecodeProblem, config: Config) -> int:
     return config.int("num_kv_splits")
 
 
+def _splits(p: DecodeProblem, config: Config) -> bool:
+    """Whether any sequence may be cut, so that partials and the combine are needed."""
+    return num_splits(p, config) > 1 or _balances(p)
+
+
 def _min_tiles(p: DecodeProblem, config: Config) -> int:
     if p.batch_invariant:
         return _INVARIANT_TOKENS // config.int("block_n")
@@ -94,6 +100,8 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return f"rope_dim {p.rope_dim} > 128"
     if p.batch * max(p.rows, 1) * p.num_kv_heads * num_splits(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    if config["pdl"] and not target.has("pdl"):
+        return f"{target.name} has no programmatic dependent launch"
     if config["tma"]:
         if not target.has("tma"):
             return f"{target.name} has no bulk tensor copies"
@@ -102,8 +110,6 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     tile = config.int("block_n") * _pow2(p.kv_lora_rank, 16) * kv.bytes
     if tile * max(1, config.int("num_stages") - 1) > target.smem_bytes:
         return f"{config.int('num_stages')} stages of {tile} bytes exceed {target.smem_bytes} bytes of shared memory"
-    if config["swap"] and (q.bits == 8 or kv.bits == 8):
-        return "the swapped form is for 16-bit operands"
     return None
 
 
@@ -122,12 +128,12 @@ def _no_tma(p: DecodeProblem, config: Config) -> str | None:
     return None
 
 
-# block_m, block_n, num_warps, num_stages, swap by the kind of matrix instruction and the packed rows: the best of a sweep on
+# block_m, block_n, num_warps, num_stages by the kind of matrix instruction and the packed rows: the best of a sweep on
 # one H200 for "m64" with bulk copies; the others scaled by shared memory, spills and what compiles.
 _TILES = {
-    ("m64", 16): (16, 64, 8, 3, False), ("m64", 32): (32, 64, 4, 2, True), ("m64", 64): (64, 64, 8, 2, False),
-    ("mma", 16): (16, 32, 4, 3, False), ("mma", 32): (32, 32, 8, 2, False),
-    ("mfma", 16): (16, 32, 4, 1, False), ("mfma", 32): (32, 32, 4, 1, False),
+    ("m64", 16): (16, 64, 8, 3), ("m64", 32): (16, 64, 8, 3), ("m64", 64): (64, 64, 8, 2),
+    ("mma", 16): (16, 32, 4, 3), ("mma", 32): (32, 32, 8, 2),
+    ("mfma", 16): (16, 32, 4, 1), ("mfma", 32): (32, 32, 4, 1),
 }  # fmt: skip
 
 
@@ -139,9 +145,9 @@ def default(p: DecodeProblem, target: Target) -> Config:
     bulk = target.has("tma") and _no_tma(p, Config.of(NAME, block_n=64)) is None
     if kind == "m64" and not bulk and rows <= 32:
         kind = "mma"  # gathered tiles of few rows: smaller tiles, more programs
-    block_m, block_n, warps, stages, swap = _TILES[kind, 16 if rows <= 16 else 32 if rows <= 32 or kind != "m64" else 64]
+    block_m, block_n, warps, stages = _TILES[kind, 16 if rows <= 16 else 32 if rows <= 32 or kind != "m64" else 64]
     if narrow:
-        block_n, swap = 32, False
+        block_n = 32
     width = (_pow2(p.kv_lora_rank, 16) + (_pow2(p.rope_dim, 16) if p.rope_dim else 0)) * DTYPES[p.kv_dtype].bytes
     queries = block_m * (_pow2(p.kv_lora_rank, 16) + _pow2(p.rope_dim, 16)) * 2 if block_m >= 32 else 0
     slack = 2048
@@ -152,22 +158,43 @@ def default(p: DecodeProblem, target: Target) -> Config:
     if queries + stages * block_n * width + slack > target.smem_bytes:
         block_m = 16
     config = Config.of(
-        NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, swap=swap, tma=False, min_tiles=1,
-        num_kv_splits=1, combine_d=128, combine_s=16, masked_first=not (swap or block_m >= 64), pdl=target.has("pdl"),
+        NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, tma=False, min_tiles=1,
+        num_kv_splits=1, split_cost=0, combine_waves=2, combine_s=16, masked_first=block_m < 64, pdl=target.has("pdl"),
     )  # fmt: skip
     if bulk and _no_tma(p, config) is None:
         config = config.replace(tma=True)
     return config.replace(num_kv_splits=_default_splits(p, target, config))
 
 
+def _row_blocks(p: DecodeProblem, config: Config) -> int:
+    """Programs a piece: blocks of rows × KV heads."""
+    return -(-max(p.rows, 1) // config.int("block_m")) * p.num_kv_heads
+
+
 def _programs(p: DecodeProblem, config: Config) -> int:
     """Programs of stage 1 without splits."""
-    return max(1, p.batch * -(-max(p.rows, 1) // config.int("block_m")) * p.num_kv_heads)
+    return max(1, p.batch * _row_blocks(p, config))
 
 
 def _resident(target: Target, config: Config) -> int:
     """Programs that the device holds at once."""
-    return target.sms * (1 if config.int("num_warps") >= 8 or config["swap"] else 2)
+    return target.sms * (1 if config.int("num_warps") >= 8 else 2)
+
+
+def _wave(p: DecodeProblem, target: Target, config: Config) -> int:
+    """Pieces that the device works on at once."""
+    return max(1, _resident(target, config) // _row_blocks(p, config))
+
+
+def _balances(p: DecodeProblem) -> bool:
+    """Whether the kernels cut a ragged batch by its lengths; otherwise every sequence has the same slots."""
+    return 1 < p.batch <= _MOST_BALANCED and p.num_kv_splits is None and not p.batch_invariant
+
+
+def slots(p: DecodeProblem, target: Target, config: Config) -> int:
+    """Pieces that the grid and the workspace hold."""
+    even = max(1, p.batch) * num_splits(p, config)
+    return max(even, p.batch + 2 * _wave(p, target, config)) if _balances(p) else even
 
 
 def _default_splits(p: DecodeProblem, target: Target, config: Config) -> int:
@@ -220,9 +247,8 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     constants |= {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "BLOCK_M": config.int("block_m"), "BLOCK_N": block_n, "BLOCK_C": latent, "BLOCK_R": rope,
-        "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]), "SWAP": bool(config["swap"]),
-        "MASKED_FIRST": bool(config["masked_first"]),
-        "PDL": bool(config["pdl"]), "CAUSAL": p.causal, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "BALANCE": _balances(p), "BATCH_POW2": _batch_pow2(p), "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]),         "MASKED_FIRST": bool(config["masked_first"]),
+        "PDL": bool(config["pdl"]), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "HAS_LSE": p.lse, "COMPUTE": _COMPUTE[_compute(p)], "DECODE": _decode(p.kv_dtype, target),
         "Q_DECODE": _decode(p.q_dtype, target), "QK_NATIVE": _qk_native(p, target),
     }  # fmt: skip
@@ -242,28 +268,50 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
         operand = name.split("_stride")[0]
         aligned = _alignment(p, operand) if operand in ("q", "q_pe", "kv", "kpe", "out") else ""
         arguments.append((name, f"i64{aligned}", Arg("i64", name)))
-    return constants, arguments + _scalars((*_INTS, *_FLOATS))
+    return constants, arguments + _scalars((*_INTS, "split_cost", *_FLOATS))
+
+
+def _batch_pow2(p: DecodeProblem) -> int:
+    """Lanes that hold the batch's lengths; few sizes, so that few kernels are compiled."""
+    return next(n for n in (64, 256, _MOST_BALANCED) if p.batch <= n) if _balances(p) else 1
+
+
+def _combine_tile(p: DecodeProblem, target: Target, config: Config) -> tuple[int, int, int]:
+    """(pieces, heads, columns) a program of the combine holds: more columns and heads as rows get plenty."""
+    latent, rows = _pow2(p.kv_lora_rank), p.batch * p.q_len * p.num_heads
+    if p.batch_invariant:  # the order of a sum must depend neither on the batch nor on the capacity
+        return config.int("combine_s"), 1, min(512, latent)
+    wanted = config.int("combine_waves") * 4 * target.sms  # programs
+    columns = min(128, latent)
+    while columns < latent and rows * (latent // columns) > wanted:
+        columns *= 2
+    heads = 1
+    while heads < min(8, p.num_heads) and rows * (latent // columns) // heads > wanted:
+        heads *= 2
+    pieces = min(config.int("combine_s"), _pow2(num_splits(p, config), 2)) if not _balances(p) else config.int("combine_s")
+    return min(pieces, max(2, 8192 // (heads * columns))), heads, columns
 
 
 def _combine(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]:
     """The same for the second kernel."""
-    splits = num_splits(p, config)
+    pieces = slots(p, target, config) if _balances(p) else num_splits(p, config)  # of one sequence, at most
+    block_s, block_h, block_d = _combine_tile(p, target, config)
     absent = _absent(p)
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in absent if name in _COMBINE_POINTERS}
     constants |= {
         "H": p.num_heads, "C": p.kv_lora_rank, "PAGE": p.page_size, "BLOCK_N": config.int("block_n"),
-        "SPLITS_POW2": 32 if splits <= 32 else _pow2(splits, 256), "BLOCK_S": config.int("combine_s"),
-        "BLOCK_D": min(config.int("combine_d"), _pow2(p.kv_lora_rank)), "PDL": bool(config["pdl"]),
-        "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
+        "SPLITS_POW2": _pow2(pieces, 1024) if p.batch_invariant else 32 if pieces <= 32 else _pow2(pieces, 256), "BLOCK_S": block_s, "BLOCK_H": block_h, "BLOCK_D": block_d,
+        "BALANCE": _balances(p), "BATCH_POW2": _batch_pow2(p), "PDL": bool(config["pdl"]), "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
     }  # fmt: skip
     arguments = [(f"{n}_ptr", _pointer(p, target, n), Arg("ptr", n)) for n in _COMBINE_POINTERS if n not in absent]
     for name in _OUT_STRIDES:
         arguments.append((name, f"i64{_alignment(p, 'out') if name.startswith('out') else ''}", Arg("i64", name)))
-    return constants, arguments + _scalars((*_INTS, "lse_mul"))
+    return constants, arguments + _scalars((*_INTS, "split_cost", "lse_mul"))
 
 
 def _scalars(names: tuple[str, ...]) -> list[tuple[str, str, Arg]]:
-    return [(n, "fp32", Arg("f32", n)) if n in _FLOATS else (n, "i32", Arg("i32", n)) for n in names]
+    kinds = {n: ("fp32", "f32") for n in _FLOATS} | {"split_cost": ("fp32", "f32c")}
+    return [(n, kind, Arg(arg, n)) for n in names for kind, arg in (kinds.get(n, ("i32", "i32")),)]
 
 
 def _source(target: Target, function: str, name: str, parts: tuple[dict[str, Scalar], list[tuple[str, str, Arg]]],
@@ -291,7 +339,7 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     limits = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma)
     options: dict[str, Scalar] = {"num_warps": config.int("num_warps"), "num_stages": config.int("num_stages")}
     stage1 = _source(target, "decode_splitk", NAME, _stage1(p, target, config), options, limits)
-    if num_splits(p, config) == 1:
+    if not _splits(p, config):
         return (stage1,)
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers)
     two = _source(target, "combine", f"{NAME}_combine", _combine(p, target, config), {"num_warps": 4, "num_stages": 2}, small)
@@ -300,33 +348,36 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
     """One program a (row block, KV head, split, sequence); the combine one a (column block, head, token, sequence)."""
-    splits = num_splits(p, config)
-    stage1 = Launch(0, (_programs(p, config) * splits, 1, 1), tuple(a for *_, a in _stage1(p, target, config)[1]))
-    if splits == 1:
+    grid = (max(1, slots(p, target, config) * _row_blocks(p, config)), 1, 1)
+    stage1 = Launch(0, grid, tuple(a for *_, a in _stage1(p, target, config)[1]))
+    if not _splits(p, config):
         return (stage1,)
-    columns = -(-p.kv_lora_rank // min(config.int("combine_d"), _pow2(p.kv_lora_rank)))
-    grid = (columns * p.num_heads * p.q_len * p.batch, 1, 1)
+    _, heads, columns = _combine_tile(p, target, config)
+    grid = (-(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch, 1, 1)
     two = Launch(1, grid, tuple(a for *_, a in _combine(p, target, config)[1]), pdl=bool(config["pdl"]))
     return stage1, two
 
 
-def numbers(p: DecodeProblem, config: Config) -> dict[str, int]:
-    """The numbers that problem and config fix and the kernels take at run time."""
-    return {"max_q_len": p.q_len, "num_splits": num_splits(p, config), "min_tiles": _min_tiles(p, config)}
+def numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int | float]:
+    """The numbers that problem, target and config fix and the kernels take at run time."""
+    chosen = p.num_kv_splits is None and not p.batch_invariant
+    return {
+        "batch": p.batch, "max_q_len": p.q_len, "num_splits": num_splits(p, config), "min_tiles": _min_tiles(p, config),
+        "wave": _wave(p, target, config), "slots": slots(p, target, config),
+        "split_cost": config.int("split_cost") / 1000 if chosen else 0.0,
+    }  # fmt: skip
 
 
 def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
-    """fp32 partials [splits, rows, C] and their LSE [splits, rows]; 0 with one split."""
-    splits = num_splits(p, config)
-    if splits == 1:
+    """fp32 partials [pieces, q_len, heads, C] and their LSE [pieces, q_len, heads]; 0 without splits."""
+    if not _splits(p, config):
         return 0
-    rows = p.batch * p.q_len * p.num_heads
-    return splits * rows * (p.kv_lora_rank + 1) * 4
+    return slots(p, target, config) * p.q_len * p.num_heads * (p.kv_lora_rank + 1) * 4
 
 
-def workspace_offsets(p: DecodeProblem, config: Config) -> dict[str, int]:
+def workspace_offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
     """Where each buffer starts in the workspace, in bytes."""
-    return {"part": 0, "part_lse": num_splits(p, config) * p.batch * p.q_len * p.num_heads * p.kv_lora_rank * 4}
+    return {"part": 0, "part_lse": slots(p, target, config) * p.q_len * p.num_heads * p.kv_lora_rank * 4}
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
@@ -346,8 +397,7 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
-    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4), "swap": (False, True),
-    "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "combine_d": (64, 128, 256, 512), "combine_s": (8, 16, 32), "pdl": (False, True),
+    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),     "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "split_cost": (0, 10, 20, 50), "combine_waves": (1, 2, 4), "combine_s": (8, 16, 32), "pdl": (False, True),
 }  # fmt: skip
 
 DECODE_SPLITK_TRITON = Variant(

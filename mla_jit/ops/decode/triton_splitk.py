@@ -8,14 +8,12 @@ tokens. With q [BLOCK_M, C + R] kept, it walks the split in tiles of BLOCK_N tok
 A tile is read once from device memory and serves as K and as V. Bytes a sequence: kv_len·(C + R)·sizeof for each block
 of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32; shared memory: num_stages tiles and q.
 
-The number of split slots is fixed by the grid; each program derives its chunk from the lengths on the device, so a
-graph captured at capacity serves any length. The main loop is free of masks. The tiles that need one (those that the
+The number of programs is fixed by the grid; each derives its piece of a sequence from the lengths on the device, so a
+graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main loop is free of masks. The tiles that need one (those that the
 causal diagonal crosses, and the partly filled last one) come before it with MASKED_FIRST, while O is still empty: no
 spills with mma.sync. With wgmma they come after it, since an O that reaches the loop through moves makes ptxas serialise
 every wgmma (C7515: 618 instead of 508 us at 128 heads × 128 × 4096). A sequence that needs one split is written
 straight to `out`; the others leave fp32 partials and their base-2 LSE, which `combine` sums in the order of the splits.
-
-SWAP computes the transposes (Sᵀ = K·qᵀ, Oᵀ = Vᵀ·Pᵀ): few rows then become the narrow side of the matrix instruction.
 """
 
 import triton
@@ -42,21 +40,17 @@ def _convert(x, DECODE: tl.constexpr, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def _seq_bounds(b, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: tl.constexpr, PAGE: tl.constexpr):
-    """(length of sequence b in tokens, its first slot in kv_indices)."""
-    first = tl.full((), 0, tl.int64)
-    if indptr_ptr is not None:
-        start = tl.load(indptr_ptr + b)
-        first = start.to(tl.int64)
+def _lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: tl.constexpr, PAGE: tl.constexpr):
+    """Lengths in tokens of sequences b (an index, or many), 0 where not ok."""
     if HAS_LENS:
-        length = tl.load(lens_ptr + b).to(tl.int32)
+        length = tl.load(lens_ptr + b, mask=ok, other=0).to(tl.int32)
     else:
-        pages = (tl.load(indptr_ptr + b + 1) - start).to(tl.int32)
-        if PAGE == 1:
-            length = pages
-        else:
-            length = tl.where(pages > 0, (pages - 1) * PAGE + tl.load(last_ptr + b).to(tl.int32), 0)
-    return tl.maximum(length, 0), first
+        pages = (tl.load(indptr_ptr + b + 1, mask=ok, other=0) - tl.load(indptr_ptr + b, mask=ok, other=0)).to(tl.int32)
+        length = pages
+        if PAGE > 1:
+            last = tl.load(last_ptr + b, mask=ok, other=0).to(tl.int32)
+            length = tl.where(pages > 0, (pages - 1) * PAGE + last, 0)
+    return tl.maximum(length, 0)
 
 
 @triton.jit
@@ -68,10 +62,43 @@ def _visible(limit, cp_rank, cp_world, CP: tl.constexpr):
 
 
 @triton.jit
-def _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N: tl.constexpr):
-    """(tiles of the sequence, tiles a split): the one rule of how a sequence is cut, for both stages."""
-    tiles = tl.cdiv(kv_len, BLOCK_N)
-    return tiles, tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
+def _even_pieces(tiles, num_splits, min_tiles, split_cost):
+    """Tiles a piece when every sequence gets num_splits slots: enough to fill them, and not so few that the partials,
+    whose cost grows with the pieces, outweigh the tiles: per + split_cost·tiles/per is least at sqrt(split_cost·tiles)."""
+    per = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
+    return tl.maximum(per, tl.ceil(tl.sqrt(tiles.to(tl.float32) * split_cost)).to(tl.int32))
+
+
+@triton.jit
+def _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
+              HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr,
+              BATCH_POW2: tl.constexpr):  # fmt: skip
+    """(pieces of each sequence [BATCH_POW2], their indices, whether lengths are even): how a batch is cut for `slots` programs.
+
+    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates around total/wave, the one
+    with the least predicted time, min(waves·c, total/wave + c) + an overhead a piece, whose pieces fit the slots.
+    """
+    offs_b = tl.arange(0, BATCH_POW2)
+    ok = offs_b < batch
+    lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
+    tiles = tl.where(ok, tl.cdiv(lengths, BLOCK_N), 0)
+    total = tl.sum(tiles, 0)
+    even = tl.max(tiles, 0) * batch * 8 <= total * 9
+    if even:
+        per = _even_pieces(tiles, num_splits, min_tiles, split_cost)
+        pieces = tl.where(ok, tl.maximum(tl.cdiv(tiles, per), 1), 0)
+    else:
+        share = total.to(tl.float32) / wave
+        cuts = tl.maximum(tl.ceil(share * tl.exp2(tl.arange(0, 16).to(tl.float32) * 0.25 - 1.0)), 1.0)
+        wanted = tl.where(ok[:, None], tl.maximum(tl.ceil(tiles.to(tl.float32)[:, None] / cuts[None, :]), 1.0), 0.0)
+        count = tl.sum(wanted, 0)
+        time = tl.minimum(tl.ceil(count / wave) * cuts, share + cuts) + 1.5 * count / wave
+        best = tl.argmin(tl.where(count <= slots, time, float("inf")), 0)
+        cut = tl.sum(tl.where(tl.arange(0, 16) == best, cuts, 0.0), 0)
+        fits = tl.sum(tl.where(tl.arange(0, 16) == best, count, 0.0), 0) <= slots
+        pieces = tl.where(ok, tl.maximum(tl.ceil(tiles.to(tl.float32) / cut), 1.0), 0.0).to(tl.int32)
+        pieces = tl.where(fits, pieces, ok.to(tl.int32))
+    return pieces, offs_b, even
 
 
 @triton.jit
@@ -118,24 +145,17 @@ def _load_tile(kv_ptr, kpe_ptr, pages_ptr, n0, kv_len, kv_stride_page, kv_stride
 
 @triton.jit
 def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
-            R: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, SWAP: tl.constexpr,
+            R: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
             COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
     """One tile of the online softmax. row_end: first token that each row may not see. Scores are in base 2."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    ROWS: tl.constexpr = 1 if SWAP else 0
-    COLS: tl.constexpr = 0 if SWAP else 1
     v = _convert(k, DECODE, COMPUTE)
     if not QK_NATIVE:
         k = v
         k_pe = _convert(k_pe, DECODE, COMPUTE)
-    if SWAP:
-        s = tl.dot(k, tl.trans(q))
-        if R > 0:
-            s = tl.dot(k_pe, tl.trans(q_pe), s)
-    else:
-        s = tl.dot(q, tl.trans(k))
-        if R > 0:
-            s = tl.dot(q_pe, tl.trans(k_pe), s)
+    s = tl.dot(q, tl.trans(k))
+    if R > 0:
+        s = tl.dot(q_pe, tl.trans(k_pe), s)
     if CAP:
         # cap·tanh(x/cap), as 2·sigmoid(2x) - 1; qk_scale and logit_cap are in natural units here
         s = logit_cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E * qk_scale / logit_cap))) - 1.0) * LOG2E
@@ -144,20 +164,17 @@ def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
         scale = qk_scale * LOG2E
     if MASK:
         offs_n = n0 + tl.arange(0, BLOCK_N)
-        s = tl.where(tl.expand_dims(offs_n, ROWS) < tl.expand_dims(row_end, COLS), s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, COLS) * scale)
+        s = tl.where(offs_n[None, :] < row_end[:, None], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
     if MASK:
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
     else:
         shift = m_new
     alpha = tl.exp2(m - shift)
-    p = tl.exp2(s * scale - tl.expand_dims(shift, COLS))
-    l = l * alpha + tl.sum(p, COLS)
-    acc = acc * tl.expand_dims(alpha, COLS)
-    if SWAP:
-        acc = tl.dot(tl.trans(v), p.to(COMPUTE), acc)
-    else:
-        acc = tl.dot(p.to(COMPUTE), v, acc)
+    p = tl.exp2(s * scale - shift[:, None])
+    l = l * alpha + tl.sum(p, 1)
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(COMPUTE), v, acc)
     return acc, m_new, l
 
 
@@ -166,7 +183,7 @@ def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_
                   kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
                   qk_scale, logit_cap, DIAGONAL: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, CAP: tl.constexpr,
-                  SWAP: tl.constexpr, COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
+                  COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
     """The tiles that need a mask: [clear_tile, full_tile) cross the causal diagonal, full_tile is partly filled."""
     TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # a page
     if DIAGONAL:
@@ -182,13 +199,13 @@ def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_
                                      kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
                                      False)  # fmt: skip
             acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, tile * BLOCK_N, qk_scale, logit_cap,
-                                R, BLOCK_N, True, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                                R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
     if full_tile < last_tile:
         k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, full_tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
                              kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE, True)  # fmt: skip
         acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, full_tile * BLOCK_N, qk_scale, logit_cap,
-                            R, BLOCK_N, True, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                            R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
     return acc, m, l
 
 
@@ -200,10 +217,11 @@ def decode_splitk(
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    total_rows, max_q_len, num_splits, min_tiles, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, split_cost, qk_scale, v_scale, logit_cap,
+    lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    STAGES: tl.constexpr, TMA: tl.constexpr, SWAP: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
+    BALANCE: tl.constexpr, BATCH_POW2: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
     COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -212,14 +230,26 @@ def decode_splitk(
     pid = tl.program_id(0)
     row_block = pid % row_blocks
     kvh = (pid // row_blocks) % NUM_KV_HEADS
-    split = (pid // (row_blocks * NUM_KV_HEADS)) % num_splits
-    b = pid // (row_blocks * NUM_KV_HEADS * num_splits)
+    piece = pid // (row_blocks * NUM_KV_HEADS)
+    b = piece // num_splits
+    split = piece % num_splits
+    pieces = 0
+    if BALANCE:
+        every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
+        if not even:
+            ends = tl.cumsum(every, 0)
+            b = tl.sum(((ends <= piece) & (offs_b < batch)).to(tl.int32), 0)
+            split = piece - tl.sum(tl.where(offs_b < b, every, 0), 0)
+            pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
+    if b >= batch:
+        return
 
-    length, first = _seq_bounds(b, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
     if kv_indptr_ptr is None:
         pages_ptr = table_ptr + b.to(tl.int64) * table_stride
     else:
-        pages_ptr = table_ptr + first
+        pages_ptr = table_ptr + tl.load(kv_indptr_ptr + b).to(tl.int64)
     if qo_indptr_ptr is None:
         q_len = max_q_len
         q_first = b * max_q_len
@@ -227,7 +257,10 @@ def decode_splitk(
         q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
         q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
     kv_len = _visible(length, cp_rank, cp_world, CP)
-    tiles, per_split = _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N)
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    per_split = _even_pieces(tiles, num_splits, min_tiles, split_cost)
+    if pieces > 0:
+        per_split = tl.maximum(tl.cdiv(tiles, pieces), 1)
     first_tile = split * per_split
     if (row_block * BLOCK_M >= q_len * G) or ((first_tile >= tiles) and (split > 0)):
         return
@@ -267,10 +300,7 @@ def decode_splitk(
         clear_tile = tl.maximum(tl.minimum(clear // BLOCK_N, full_tile), first_tile)
         row_end = tl.minimum(row_end, kv_len)
 
-    if SWAP:
-        acc = tl.zeros((BLOCK_C, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     kv_ptr += kvh.to(tl.int64) * kv_stride_head
@@ -283,7 +313,7 @@ def decode_splitk(
         acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
                                   last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
-                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
     if TMA:
         page = tl.load(pages_ptr + first_tile // TILES, mask=first_tile < clear_tile, other=0).to(tl.int32)
         for tile in tl.range(first_tile, clear_tile, num_stages=STAGES):
@@ -295,7 +325,7 @@ def decode_splitk(
             if R > 0:
                 k_pe = kpe_desc.load([row, pe_col])
             acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
-                                R, BLOCK_N, False, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
             page = ahead
     else:
         for tile in tl.range(first_tile, clear_tile, num_stages=STAGES):
@@ -303,13 +333,13 @@ def decode_splitk(
                                  kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
                                  False)  # fmt: skip
             acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
-                                R, BLOCK_N, False, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
     if not MASKED_FIRST:
         acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
                                   last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
-                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, SWAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                                  BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
     if PDL:
         gdc_launch_dependents()
@@ -321,10 +351,7 @@ def decode_splitk(
         if whole:
             denominator += tl.exp2(tl.minimum(sink - m, 126.0))
     scale = tl.where(l > 0, v_scale / denominator, 0.0)
-    if SWAP:
-        o = tl.trans(acc * scale[None, :])
-    else:
-        o = acc * scale[:, None]
+    o = acc * scale[:, None]
     ok = row_ok[:, None] & (offs_c < C)[None, :]
     if whole:
         p_out = out_ptr + q_tok * out_stride_t + head * out_stride_h
@@ -332,7 +359,7 @@ def decode_splitk(
         if HAS_LSE:
             tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok)
     else:
-        slot = split.to(tl.int64) * total_rows + q_tok * (G * NUM_KV_HEADS) + head
+        slot = (piece.to(tl.int64) * max_q_len + tok) * (G * NUM_KV_HEADS) + head
         tl.store(part_ptr + slot[:, None] * C + offs_c[None, :], o, mask=ok)
         tl.store(part_lse_ptr + slot, lse, mask=row_ok)
 
@@ -340,22 +367,35 @@ def decode_splitk(
 @triton.jit
 def combine(
     lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, total_rows, max_q_len, num_splits, min_tiles, cp_rank, cp_world, lse_mul,
-    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS_POW2: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
+    cp_rank, cp_world, split_cost, lse_mul,
+    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS_POW2: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BALANCE: tl.constexpr, BATCH_POW2: tl.constexpr,
     PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Sums the partials of one (token, head) and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M), in order."""
+    """Sums the partials of BLOCK_H heads of one token and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M).
+
+    BLOCK_S pieces at a time, always in the same order. Reads the partials of the pieces that exist, writes `out` once.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
     COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
+    GROUPS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(0)
     column = pid % COLUMNS
-    head = (pid // COLUMNS) % H
-    tok = (pid // (COLUMNS * H)) % max_q_len
-    b = pid // (COLUMNS * H * max_q_len)
-    length, _ = _seq_bounds(b, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
-    kv_len = _visible(length, cp_rank, cp_world, CP)
-    tiles, per_split = _chunk_tiles(kv_len, num_splits, min_tiles, BLOCK_N)
-    used = tl.cdiv(tiles, per_split)
+    group = (pid // COLUMNS) % GROUPS
+    tok = (pid // (COLUMNS * GROUPS)) % max_q_len
+    b = pid // (COLUMNS * GROUPS * max_q_len)
+    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
+    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles, split_cost))
+    first = b * num_splits
+    if BALANCE:
+        every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
+        if not even:
+            first = tl.sum(tl.where(offs_b < b, every, 0), 0)
+            pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
+            used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
     q_tok = b * max_q_len + tok
     q_len = max_q_len
     if qo_indptr_ptr is not None:
@@ -367,27 +407,34 @@ def combine(
     if PDL:
         gdc_wait()
 
-    row = q_tok.to(tl.int64) * H + head
+    heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_ok = heads < H
+    row = (first.to(tl.int64) * max_q_len + tok) * H + heads
+    step = max_q_len.to(tl.int64) * H  # rows a piece
     offs = tl.arange(0, SPLITS_POW2)
-    lses = tl.load(part_lse_ptr + offs.to(tl.int64) * total_rows + row, mask=offs < used, other=float("-inf"))
+    every_ok = (offs < used)[:, None] & head_ok[None, :]
+    lses = tl.load(part_lse_ptr + row[None, :] + (offs * step)[:, None], mask=every_ok, other=float("-inf"))
     top = tl.max(lses, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lses - shift), 0)
+    total = tl.sum(tl.exp2(lses - shift[None, :]), 0)
     offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
     for s0 in tl.range(0, used, BLOCK_S):
         offs_s = s0 + tl.arange(0, BLOCK_S)
-        slot = offs_s.to(tl.int64) * total_rows + row
-        weight = tl.exp2(tl.load(part_lse_ptr + slot, mask=offs_s < used, other=float("-inf")) - shift)
-        ok = (offs_s < used)[:, None] & (offs_d < C)[None, :]
-        part = tl.load(part_ptr + slot[:, None] * C + offs_d[None, :], mask=ok, other=0.0)
-        acc += tl.sum(part * weight[:, None], 0)
+        rows = row[None, :] + (offs_s * step)[:, None]
+        ok = (offs_s < used)[:, None] & head_ok[None, :]
+        weight = tl.exp2(tl.load(part_lse_ptr + rows, mask=ok, other=float("-inf")) - shift[None, :])
+        part_ok = ok[:, :, None] & (offs_d < C)[None, None, :]
+        part = tl.load(part_ptr + (rows * C)[:, :, None] + offs_d[None, None, :], mask=part_ok, other=0.0)
+        acc += tl.sum(part * weight[:, :, None], 0)
     denominator = total
     if sinks_ptr is not None:
-        denominator += tl.exp2(tl.minimum(tl.load(sinks_ptr + head) * LOG2E - shift, 126.0))
-    o = tl.where(total > 0, acc / denominator, 0.0)
-    p_out = out_ptr + q_tok.to(tl.int64) * out_stride_t + head * out_stride_h
-    tl.store(p_out + offs_d, o.to(out_ptr.dtype.element_ty), mask=offs_d < C)
+        sink = tl.load(sinks_ptr + heads, mask=head_ok, other=0.0) * LOG2E
+        denominator += tl.exp2(tl.minimum(sink - shift, 126.0))
+    o = tl.where((total > 0)[:, None], acc / denominator[:, None], 0.0)
+    p_out = out_ptr + q_tok.to(tl.int64) * out_stride_t + heads * out_stride_h
+    tl.store(p_out[:, None] + offs_d[None, :], o.to(out_ptr.dtype.element_ty), mask=head_ok[:, None] & (offs_d < C)[None, :])
     if HAS_LSE:
         if column == 0:
-            tl.store(lse_ptr + q_tok.to(tl.int64) * lse_stride_t + head * lse_stride_h, (shift + tl.log2(total)) * lse_mul)
+            p_lse = lse_ptr + q_tok.to(tl.int64) * lse_stride_t + heads * lse_stride_h
+            tl.store(p_lse, (shift + tl.log2(total)) * lse_mul, mask=head_ok)

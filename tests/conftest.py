@@ -1,0 +1,46 @@
+"""What all tests share: no settings and no cache of the user's, `--full`, and no silent skips."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="compile the full product of problems and targets: hours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything reads the environment."""
+    for name in [n for n in os.environ if n.startswith(("MLA_JIT_", "TRITON_"))]:
+        del os.environ[name]
+    directory = tempfile.TemporaryDirectory(prefix="mla_jit-tests-")
+    os.environ["XDG_CACHE_HOME"] = directory.name
+    config.add_cleanup(directory.cleanup)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A test that is skipped shows nothing, so it fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter is not None else []
+    if skipped and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter.write_line(f"{len(skipped)} skipped: a skip is a failure here", red=True)
+
+
+@pytest.fixture
+def cache_dir(tmp_path) -> Iterator[str]:
+    """An empty kernel cache for one test, with nothing remembered from before or left for after."""
+    from mla_jit import plan, settings
+    from mla_jit.compile import cache
+
+    with settings.scope(cache_dir=tmp_path / "cache"):
+        plan.forget()
+        cache.forget()
+        yield str(tmp_path / "cache")
+    plan.forget()
+    cache.forget()

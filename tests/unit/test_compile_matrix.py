@@ -1,0 +1,202 @@
+"""Templates × knobs × targets, really compiled: a pairwise covering array in CI, the full product with `--full`.
+
+With its default config every problem that the predicate accepts must compile to a legal kernel on every target. With
+other tunables a kernel may turn out illegal (that is what the check after compilation is for), but the compiler must
+neither fail nor crash.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+
+import covering
+import pytest
+from covering import Outcome, Row
+
+from mla_jit import models, support
+from mla_jit import target as targets
+from mla_jit.ops.decode import splitk
+
+GPU_TARGETS = [name for name, row in targets.targets().items() if row.triton]
+DTYPES = [pair for pair in support.DTYPE_PAIRS if "fp32" not in pair]
+
+PROBLEMS = {
+    "target": GPU_TARGETS,
+    "dtypes": DTYPES,
+    "heads": [(16, 1), (128, 1), (1, 1), (12, 1), (40, 1), (32, 2)],  # (query, KV)
+    "page_size": [64, 1, 7, 16],
+    "q_len": [1, 2, 3],
+    "dims": [(512, 64), (256, 32), (96, 0)],
+    "paging": ["table", "csr", "csr+lens"],
+    "splits": [None, 1, 8, 300],
+    "misaligned": [(), ("q",), ("kv",), ("q", "kv", "out")],
+    "lse": [False, True],
+    "causal": [True, False],
+    "soft_cap": [False, True],
+    "sinks": [False, True],
+    "scales": [False, True],
+    "context_parallel": [False, True],
+    "ragged": [False, True],
+    "index64": [False, True],
+    "split_operands": [False, True],
+    "flat_pages": [True, False],
+}
+KNOBS = {
+    "target": GPU_TARGETS,
+    "dtypes": ["bf16", "fp8", "fp8xfp8"],  # fp8: the target's own, if it has one
+    "heads": [(16, 1), (32, 1), (128, 1)],
+    "page_size": [64, 1],
+    "dims": [(512, 64), (256, 32)],
+    **{name: list(values) for name, values in splitk.SPACE.items()},
+}
+
+
+def dtypes_of(row: Row) -> tuple[str, str]:
+    named = row["dtypes"]
+    return models.dtypes_on(named, targets.by_name(row["target"])) if isinstance(named, str) else named
+
+
+def fields_of(row: Row) -> Row:
+    """A row as the fields of a DecodeProblem."""
+    q, kv = dtypes_of(row)
+    paging = row.get("paging", "table")
+    same = (
+        "page_size",
+        "q_len",
+        "lse",
+        "causal",
+        "soft_cap",
+        "sinks",
+        "context_parallel",
+        "ragged",
+        "flat_pages",
+        "misaligned",
+    )
+    return {
+        **{name: row[name] for name in same if name in row},
+        "num_heads": row["heads"][0], "num_kv_heads": row["heads"][1],
+        "kv_lora_rank": row["dims"][0], "rope_dim": row["dims"][1],
+        "q_dtype": q, "kv_dtype": kv, "out_dtype": "bf16" if q.startswith("fp8") else q,
+        "paging": paging.partition("+")[0],
+        "has_lens": paging != "csr", "num_kv_splits": row.get("splits"), "batch": 3, "max_kv_len": 8192,
+        "q_scale": row.get("scales", False) and q.startswith("fp8"), "kv_scale": row.get("scales", False),
+        "layout": "split" if row.get("split_operands") else "joint", "q_split": bool(row.get("split_operands")),
+        "index64": ("table", "lens", "kv_indptr", "last", "qo_indptr") if row.get("index64") else (),
+    }  # fmt: skip
+
+
+def allowed_problem(row: Row) -> bool:
+    """Context parallelism needs global lengths, and does not go with sinks (`DecodeProblem` says why)."""
+    return not (row.get("context_parallel") and (row.get("sinks") or row.get("paging") == "csr"))
+
+
+def allowed_knobs(row: Row) -> bool:
+    """What the variant's predicate accepts, as far as it can be told from some of the values."""
+    there = targets.by_name(row.get("target", "sm_90"))
+    wide = row.get("dtypes", "bf16") == "bf16"
+    if (row.get("swap") and not wide) or (row.get("pdl") and not there.has("pdl")):
+        return False
+    if row.get("tma") and not (there.has("tma") and wide and row.get("page_size", 64) % row.get("block_n", 16) == 0):
+        return False
+    tile = row.get("block_n", 16) * row.get("dims", (256, 32))[0] * (2 if "dtypes" in row and wide else 1)
+    return tile * max(1, row.get("num_stages", 1) - 1) <= there.smem_bytes
+
+
+def knobs_of(row: Row) -> Row:
+    return {name: row[name] for name in splitk.SPACE if name in row}
+
+
+def name_of(row: Row) -> str:
+    q, kv = dtypes_of(row)
+    return f"{row['target']}-{q}x{kv}-h{row['heads'][0]}-p{row['page_size']}"
+
+
+PROBLEM_ROWS = covering.pairwise(PROBLEMS, allowed_problem)
+KNOB_ROWS = covering.pairwise(KNOBS, allowed_knobs)
+FULL = ("target", "dtypes", "heads", "page_size", "q_len", "paging", "dims")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The rows; with --full, the product of the factors that change a kernel most, the others as the rows have them."""
+    if "problem_row" in metafunc.fixturenames:
+        rows = PROBLEM_ROWS
+        if metafunc.config.getoption("--full"):
+            product = [
+                dict(zip(FULL, values, strict=True)) for values in itertools.product(*(PROBLEMS[name] for name in FULL))
+            ]
+            mixed = [base | row for base, row in zip(itertools.cycle(PROBLEM_ROWS), product, strict=False)]
+            rows = [row for row in mixed if allowed_problem(row)]
+        metafunc.parametrize("problem_row", rows, ids=name_of)
+    if "knob_row" in metafunc.fixturenames:
+        metafunc.parametrize("knob_row", KNOB_ROWS, ids=name_of)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
+    """By test id: the compilations of all selected rows, on all CPUs, in spawned processes."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        futures = {}
+        for item in request.session.items:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            row = params.get("problem_row") or params.get("knob_row")
+            if row is not None:
+                futures[item.nodeid] = pool.submit(
+                    covering.compile_problem, row["target"], fields_of(row), knobs_of(row)
+                )
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+def check_bounds(there: targets.Target, outcome: Outcome) -> None:
+    """The numbers themselves, apart from the library's own check: nothing beyond the target."""
+    assert outcome.kernels
+    for name, registers, spills, smem, threads in outcome.kernels:
+        assert 8 <= registers <= there.registers, name
+        assert smem <= there.smem_bytes, name
+        assert spills <= (0 if name.endswith("combine") else 1024), name
+        assert threads % there.triton[2] == 0, name
+        assert registers * threads <= there.registers_sm * (2 if there.runtime == "hip" else 1), name
+
+
+def test_default_compiles_and_is_legal(
+    problem_row: Row, outcomes: dict[str, Future[Outcome]], request: pytest.FixtureRequest
+) -> None:
+    outcome = outcomes[request.node.nodeid].result()
+    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.config}\n{outcome.message}"
+    assert len(outcome.kernels) == (1 if problem_row["splits"] == 1 else 2)
+    check_bounds(targets.by_name(problem_row["target"]), outcome)
+
+
+def test_knobs_compile(knob_row: Row, outcomes: dict[str, Future[Outcome]], request: pytest.FixtureRequest) -> None:
+    outcome = outcomes[request.node.nodeid].result()
+    assert outcome.rejected == ""
+    if outcome.error:
+        assert outcome.error == "IllegalArtifact", f"{outcome.config}\n{outcome.message}"
+        assert "bytes of" in outcome.message, outcome.message  # shared memory or stack, by so many bytes
+    else:
+        check_bounds(targets.by_name(knob_row["target"]), outcome)
+
+
+def test_every_supported_cell_is_compiled() -> None:
+    """The matrix says "compiled and legal" of nothing that the array above does not compile."""
+    compiled = {(*row["dtypes"], row["target"]) for row in PROBLEM_ROWS}
+    cells = [c for c in support.matrix() if c.backend == "triton" and c.state != "refused"]
+    assert cells
+    assert {(c.q_dtype, c.kv_dtype, c.target) for c in cells} <= compiled
+
+
+@pytest.mark.parametrize("which", ["problems", "knobs"])
+def test_every_pair_occurs(which: str) -> None:
+    rows, factors, allowed = {
+        "problems": (PROBLEM_ROWS, PROBLEMS, allowed_problem),
+        "knobs": (KNOB_ROWS, KNOBS, allowed_knobs),
+    }[which]
+    assert all(allowed(row) for row in rows)
+    for a, b in itertools.combinations(factors, 2):
+        seen = {(repr(row[a]), repr(row[b])) for row in rows}
+        wanted = {(repr(x), repr(y)) for x, y in itertools.product(factors[a], factors[b]) if allowed({a: x, b: y})}
+        assert wanted == seen, (a, b)

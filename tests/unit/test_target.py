@@ -1,0 +1,121 @@
+"""Targets: the rows of configs/targets.yaml make sense, and a device finds its row."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mla_jit import launch, resources, settings, target
+from mla_jit.dtypes import DTYPES
+from mla_jit.errors import UnknownTarget
+from mla_jit.target import Target
+
+ROWS = target.targets()
+GPUS = [row for row in ROWS.values() if row.triton]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    target._of_gpu.cache_clear()
+    yield
+    target._of_gpu.cache_clear()
+
+
+def test_the_rows_that_were_promised():
+    assert set(ROWS) == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950", "cpu"}
+    assert set(target.SHOWCASE) <= set(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+def test_a_row_is_whole(row: Target):
+    raw = resources.load_yaml("configs", "targets.yaml")[row.name]
+    assert set(raw) == {f.name for f in dataclasses.fields(Target)} - {"name"}
+    assert row.source
+    assert row.runtime in (*launch._RUNTIMES, "cpu")
+    assert set(row.dtypes) <= set(DTYPES)
+    assert {"bf16", "fp16"} <= set(row.dtypes)
+    assert 0 < row.smem_bytes <= row.smem_sm_bytes
+    assert min(row.sms, row.bandwidth_gbps, row.bf16_tflops, row.fp8_tflops, row.launch_us) > 0
+    assert row.fp8_tflops >= row.bf16_tflops
+    assert row.has("fp8_mma") == (bool(row.triton) and any(DTYPES[d].bits == 8 for d in row.dtypes))
+
+
+@pytest.mark.parametrize("row", GPUS, ids=lambda row: row.name)
+def test_a_gpu_says_the_same_to_every_toolchain(row: Target):
+    backend, arch, warp = row.triton
+    assert (backend, warp) in (("cuda", 32), ("hip", 64))
+    assert row.name == (f"sm_{arch}" if backend == "cuda" else arch)
+    assert row.isa.startswith(row.name)
+    assert row.runtime == backend
+    assert row.mma
+    assert 0 < row.registers <= row.registers_sm
+
+
+def test_names_and_isas_are_one():
+    for row in ROWS.values():
+        assert target.by_name(row.name) is row
+        assert target.by_name(row.isa) is row
+
+
+def test_an_unknown_name_lists_what_there_is():
+    with pytest.raises(UnknownTarget, match=r"no target 'sm_75'.*sm_80.*gfx950.*cpu"):
+        target.by_name("sm_75")
+
+
+def _device(monkeypatch, hip: str | None, **properties):
+    plain = {"name": "a device", "multi_processor_count": 7}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(**plain | properties))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    return target.of_device("cuda", 0)
+
+
+def test_an_nvidia_device_finds_its_row_and_brings_its_own_size(monkeypatch):
+    found = _device(monkeypatch, None, major=9, minor=0, shared_memory_per_block_optin=100_000)
+    assert (found.name, found.isa, found.device, found.sms, found.smem_bytes) == (
+        "sm_90",
+        "sm_90a",
+        "a device",
+        7,
+        100_000,
+    )
+    assert found.registers == ROWS["sm_90"].registers
+
+
+def test_a_device_never_has_more_shared_memory_than_its_row(monkeypatch):
+    assert (
+        _device(monkeypatch, None, major=9, minor=0, shared_memory_per_block_optin=1 << 30).smem_bytes
+        == ROWS["sm_90"].smem_bytes
+    )
+
+
+def test_an_amd_device_finds_its_row(monkeypatch):
+    found = _device(monkeypatch, "7.0", gcnArchName="gfx942:sramecc+:xnack-", major=9, minor=4)
+    assert (found.name, found.sms, found.smem_bytes) == ("gfx942", 7, ROWS["gfx942"].smem_bytes)
+
+
+def test_a_device_without_a_row_is_refused(monkeypatch):
+    with pytest.raises(UnknownTarget, match="sm_75"):
+        _device(monkeypatch, None, major=7, minor=5)
+
+
+def test_the_cpu_and_other_devices():
+    assert target.of_device("cpu") is ROWS["cpu"]
+    with pytest.raises(UnknownTarget, match=r"'mps'.*move them"):
+        target.of_device("mps")
+
+
+def test_the_setting_overrides_the_detection():
+    with settings.scope(target="gfx950"):
+        assert target.here() is ROWS["gfx950"]
+        assert target.of_device("cpu") is ROWS["gfx950"]
+    assert target.of_device("cpu") is ROWS["cpu"]
+    with settings.scope(target="nonsense"), pytest.raises(UnknownTarget):
+        target.here()
+
+
+def test_here_without_a_gpu_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert target.here() is ROWS["cpu"]
