@@ -486,6 +486,49 @@ def _doctor(as_json: bool) -> int:
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
+@main.command("bench")
+@click.option("--grid", type=click.Choice(["peers"]), default="peers", show_default=True, help="Which shapes.")
+@_repeated("--against", str, "A peer to time in the same run, if its package imports: flash_mla.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Runs on fresh inputs; the median counts.")
+@click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
+@_verb
+def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, as_json: bool) -> int:
+    """Time `decode` on the GPU on the shapes where peers were measured: µs a call in CUDA graphs, KV rotated past the L2.
+
+    score = best peer ÷ ours, of the recorded figures and of those timed in this run. Exit code 1 without a GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise MlaJitError("bench needs a GPU, and torch sees none; `mla-tune quickstart` shows what runs here")
+    from mla_jit import api
+    from mla_jit.tuning import bench
+
+    if unknown := set(against) - set(bench.PEERS):
+        raise InvalidInput(f"no peer {', '.join(sorted(unknown))}; there is {', '.join(bench.PEERS)}")
+    rows = []
+    if not as_json:
+        click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {runs} runs, {grid} grid")
+        click.echo(f"{'shape':28} {'ours us':>9} {'low':>8} {'high':>8} {'best peer':>9} {'score':>6} {'roof':>7}  error    timed now")
+    for row in bench.peers_rows(api.decode, against, runs=runs, hinted=capacity_hint):
+        rows.append(row)
+        if not as_json:
+            timed = " ".join(f"{name} {time_us:.1f}" for name, time_us in row.timed_us.items())
+            click.echo(
+                f"{row.shape:28} {row.ours_us:9.1f} {row.low_us:8.1f} {row.high_us:8.1f} {row.best_us:9.1f} "
+                f"{row.score:6.2f} {row.roof_us:7.1f}  {row.error:.1e}  {timed}"
+            )
+    mean = bench.geometric_mean([row.score for row in rows])
+    if as_json:
+        _print_json({
+            "ok": True, "device": torch.cuda.get_device_name(), "torch": torch.__version__, "geometric_mean": mean,
+            "rows": [{**asdict(row), "best_us": row.best_us, "score": row.score} for row in rows],
+        })  # fmt: skip
+    else:
+        click.echo(f"geometric mean of best peer / ours over {len(rows)} shapes: {mean:.3f}")
+    return DONE
+
+
 @main.group("cache")
 def _cache() -> None:
     """List, verify and clean the kernel cache."""

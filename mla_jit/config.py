@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Config(Mapping[str, Value]):
     def __iter__(self) -> Iterator[str]:
         return (key for key, _ in self.items_)
 
-    def __len__(self) -> int:
+    def __len__(self) -> builtins.int:
         return len(self.items_)
 
     def __str__(self) -> str:

@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MlaJitError(Exception):
     """Base of all errors raised on purpose by mla_jit."""
@@ -41,7 +43,7 @@ class CompileError(MlaJitError, RuntimeError):
         super().__init__(message)
         self.key, self.log = key, log
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), str(self), self.key, self.log))
 
 

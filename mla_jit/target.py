@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 from mla_jit import resources, settings
 from mla_jit.errors import UnknownTarget
@@ -42,11 +43,12 @@ class Target:
 @functools.cache
 def targets() -> dict[str, Target]:
     """All rows of configs/targets.yaml by name."""
-    rows = resources.load_yaml("configs", "targets.yaml")
-    return {
-        name: Target(name=name, **{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
-        for name, row in rows.items()
-    }
+    rows: dict[str, dict[str, Any]] = resources.load_yaml("configs", "targets.yaml")
+    found = {}
+    for name, row in rows.items():
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+        found[name] = Target(name=name, **fields)
+    return found
 
 
 @functools.cache

@@ -469,6 +469,8 @@ SMALL: tuple[Case, ...] = (
     Case(num_kv_splits=2, lens=(128, 129, 33)),
     Case(num_kv_splits=7, lens=(200, 16, 0, 1), q_len=3),
     Case(num_kv_splits=33, lens=(190, 40)),
+    Case(lens=(200, *(1, 0, 3) * 5), heads=2),  # one long sequence among many short ones
+    Case(lens=tuple(i * 7 % 45 for i in range(66)), heads=1, C=32, R=0),
     Case(batch_invariant=True, lens=(140, 60, 0)),
     # dtypes
     Case(q_dtype="bf16", kv_dtype="bf16"),
@@ -553,6 +555,9 @@ _SHAPES: tuple[dict[str, Any], ...] = (
 _BOUNDARIES = {"lens": tuple(edge + over for edge in (32, 64, 128, 192) for over in (-1, 0, 1, 2, 3, 6, 7))}
 
 
+PLAIN: dict[str, Any] = {"C": 512, "R": 64, "page": 64, "q_dtype": "bf16", "kv_dtype": "bf16"}
+
+
 def _gpu() -> tuple[Case, ...]:
     found = []
     for i, specialisation in enumerate(_SPECIALISATIONS):
@@ -560,7 +565,7 @@ def _gpu() -> tuple[Case, ...]:
         if specialisation.get("q_len", 1) > 1 or "ragged" in specialisation:
             shapes[0] = _BOUNDARIES
         for j, shape in enumerate(map(dict, shapes)):
-            fixed = {"C": 512, "R": 64, "page": 64, "q_dtype": "bf16", "kv_dtype": "bf16", **specialisation}
+            fixed = {**PLAIN, **specialisation}
             if fixed.pop("ragged", False):
                 fixed["q_lens"] = tuple((2, 1, 4, 0, 3)[(b + j) % 5] for b in range(len(shape["lens"])))
                 fixed |= {"max_q_len": 4, "q_tail": j}
@@ -575,9 +580,15 @@ def _gpu() -> tuple[Case, ...]:
 GPU: tuple[Case, ...] = (
     *_gpu(),
     # many split slots (a second size of the combine), a table far wider than what is used, the reach of one sequence
-    Case(heads=16, C=512, R=64, page=64, q_dtype="bf16", kv_dtype="bf16", lens=(4096,), extra_pages=1984),
-    Case(heads=16, C=512, R=64, page=64, q_dtype="bf16", kv_dtype="bf16", lens=(100_000,)),
-    Case(heads=16, C=512, R=64, page=64, q_dtype="bf16", kv_dtype="bf16", lens=(70_001, 3, 0), num_kv_splits=100),
-    Case(heads=128, C=512, R=64, page=64, q_dtype="bf16", kv_dtype="bf16", lens=(30_000, 29_999)),
-    Case(heads=128, C=512, R=64, page=64, q_dtype="bf16", kv_dtype="bf16", lens=(1,), extra_pages=500),
+    Case(heads=16, **PLAIN, lens=(4096,), extra_pages=1984),
+    Case(heads=16, **PLAIN, lens=(100_000,)),
+    Case(heads=16, **PLAIN, lens=(70_001, 3, 0), num_kv_splits=100),
+    Case(heads=128, **PLAIN, lens=(30_000, 29_999)),
+    Case(heads=128, **PLAIN, lens=(1,), extra_pages=500),
+    # how a ragged batch is cut: one long sequence among short ones; batches of every size that a kernel holds, and more
+    Case(heads=16, **PLAIN, lens=(30_000, *(1, 70) * 35)),
+    Case(heads=128, **PLAIN, lens=(9000, 8000, *(64, 0, 300) * 6), q_len=2),
+    Case(heads=16, **PLAIN, lens=tuple(i * i % 700 for i in range(100))),
+    Case(heads=64, **PLAIN, lens=tuple(i * 131 % 900 for i in range(300))),
+    Case(heads=8, **PLAIN, lens=tuple(i * 37 % 130 for i in range(1100))),
 )

@@ -73,8 +73,8 @@ class Outcome:
     seconds: float = 0.0
 
 
-def compile_problem(target_name: str, fields: Row, knobs: Row) -> Outcome:
-    """Compiles the kernels of a problem with the default config, changed by knobs. Runs in a child."""
+def compile_problem(target_name: str, fields: Row, knobs: Row, which: slice) -> Outcome:
+    """Compiles these kernels of a problem with the default config, changed by knobs. Runs in a child."""
     from mla_jit import target
     from mla_jit.compile.triton import compile_source
     from mla_jit.errors import CompileError
@@ -88,7 +88,7 @@ def compile_problem(target_name: str, fields: Row, knobs: Row) -> Outcome:
         return Outcome(str(config), rejected=reason)
     kernels, seconds = [], 0.0
     try:
-        for source in splitk.sources(problem, there, config):
+        for source in splitk.sources(problem, there, config)[which]:
             a = compile_source(source)
             kernels.append((a.name, a.registers, a.spill_bytes, a.smem_bytes, a.threads))
             seconds += a.compile_seconds

@@ -75,9 +75,12 @@ MUTATIONS = (
         "the last split dropped", "used = tl.cdiv(tiles, _even", "used = tl.cdiv(tiles, 1 + _even", "numkvsplits7"
     ),
     Mutation(
-        "a split's values dropped", "ok = (offs_s < used)[:, None]", "ok = (offs_s < used - 1)[:, None]", "numkvsplits7"
+        "a split's values dropped",
+        "part_ok = ok[:, :, None]",
+        "part_ok = (offs_s < used - 1)[:, None, None] & ok[:, :, None]",
+        "numkvsplits7",
     ),
-    Mutation("a stale slot read", "every_ok = (offs < used)", "every_ok = (offs < used + 1)", "numkvsplits7"),
+    Mutation("a stale slot read", "ok = (offs_s < used)[:, None]", "ok = (offs_s < used + 1)[:, None]", "numkvsplits7"),
     Mutation(
         "uneven lengths: the last piece dropped",
         "tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))",

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
+import os
 import re
 import subprocess
 import tempfile
@@ -23,6 +24,15 @@ from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.errors import CompileError, IllegalArtifact
 
 _lock = threading.Lock()  # Triton's knobs are global to the process
+
+
+def _renew_lock() -> None:
+    """In a forked child the thread that held the lock does not exist."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 FLOOR = "3.6"  # the oldest Triton whose compiler API and tensor descriptors are the ones used here

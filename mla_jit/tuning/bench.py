@@ -10,14 +10,13 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mla_jit import dtypes, resources
-from mla_jit.api import decode
 from mla_jit.errors import MlaJitError
 from mla_jit.ops.decode import reference
 
@@ -53,6 +52,7 @@ class Set:
     table: torch.Tensor
     lens: torch.Tensor
     scale: float
+    longest: int  # of lens, on the host
 
 
 Runner = Callable[[Set], torch.Tensor]
@@ -97,15 +97,18 @@ def make_sets(shape: Shape, *, capacity: int = 131072, device: str = "cuda", see
             table[b, :used] = order[start : start + used]
             start += used
         q = torch.randn(shape.batch, shape.q_len, shape.heads, c + r, device=device).to(dtype)
-        sets.append(Set(q, cache, table, lens, (128 + r) ** -0.5))
+        sets.append(Set(q, cache, table, lens, (128 + r) ** -0.5, max(shape.lens)))
     return sets
 
 
-def ours(**options: Any) -> Runner:
-    """`mla_jit.decode` as a user calls it: capacity-sized table, no hints unless given in `options`."""
+def ours(decode: Callable[..., Any], *, hinted: bool = False) -> Runner:
+    """`mla_jit.decode` (handed in) as a user calls it: capacity-sized table, no hints; `hinted` passes the longest length."""
 
     def run(s: Set) -> torch.Tensor:
-        out = decode(s.q, s.cache, kv_lora_rank=512, sm_scale=s.scale, block_table=s.table, seq_lens=s.lens, **options)
+        hint = s.longest if hinted else None
+        out = decode(
+            s.q, s.cache, kv_lora_rank=512, sm_scale=s.scale, block_table=s.table, seq_lens=s.lens, max_kv_len=hint
+        )
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -225,6 +228,48 @@ def bench(shape: Shape, runners: dict[str, Runner], *, capacity: int = 131072, r
         shape, {n: statistics.median(t) for n, t in times.items()}, max(mine) - min(mine), error,
         roof_us(shape, bandwidth_gbps, tflops),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A shape of the peers' grid: our time and spread over `runs`, peers of the same run, peers' recorded figures, in µs.
+
+    `score` is best recorded peer ÷ ours, the recorded figure of a peer timed in this run replaced by today's.
+    """
+
+    shape: str
+    ours_us: float
+    low_us: float
+    high_us: float
+    timed_us: dict[str, float]
+    recorded_us: dict[str, float]
+    roof_us: float
+    error: float
+
+    @property
+    def best_us(self) -> float:
+        return min({**self.recorded_us, **{_RECORDED.get(n, n): t for n, t in self.timed_us.items()}}.values())
+
+    @property
+    def score(self) -> float:
+        return self.best_us / self.ours_us
+
+
+_RECORDED = {"flash_mla": "flashmla"}  # names of the peers in the recorded grid
+
+
+def peers_rows(decode: Callable[..., Any], against: Sequence[str] = (), *, runs: int = 3, rounds: int = 5,
+               hinted: bool = False) -> Iterator[Row]:  # fmt: skip
+    """Our decode on every shape of the peers' grid, `runs` times each on fresh inputs, with installed peers alternated."""
+    runners = {"mla_jit": ours(decode, hinted=hinted), **{name: PEERS[name]() for name in against}}
+    for shape, recorded in peers_grid():
+        results = [bench(shape, runners, rounds=rounds, seed=seed) for seed in range(runs)]
+        times = {name: [r.times_us[name] for r in results] for name in runners}
+        mine = times.pop("mla_jit")
+        yield Row(
+            str(shape), statistics.median(mine), min(mine), max(mine), {n: statistics.median(t) for n, t in times.items()},
+            recorded, results[0].roof_us, max(r.error for r in results),
+        )  # fmt: skip
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -21,7 +21,7 @@ from mla_jit.ops.decode.inputs import decode_inputs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-BF16 = {"C": 512, "R": 64, "page": 64, "q_dtype": "bf16", "kv_dtype": "bf16"}
+BF16 = cases.PLAIN
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 _figures: dict[str, list[tuple[cases.Figures, str]]] = {}

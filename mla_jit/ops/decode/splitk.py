@@ -23,7 +23,7 @@ _PATH = str(Path(__file__).with_name("triton_splitk.py"))
 _COMPUTE = {"bf16": "tl:bfloat16", "fp16": "tl:float16", "fp32": "tl:float32"}
 _INVARIANT_TOKENS = 2048  # tokens a split under batch_invariant, whatever the batch
 _MOST_BALANCED = 1024  # sequences whose lengths one program holds
-_SPILL_BYTES = 1024  # the peeled, masked tile may spill; the main loop's budget is checked by its speed
+_SPILL_BYTES = 1280  # the peeled, masked tile may spill; the main loop's budget is checked by its speed
 
 # Arguments of the kernels by parameter: the operand behind a pointer, or how a number is passed.
 _FLOATS = ("qk_scale", "v_scale", "logit_cap", "lse_mul")
@@ -151,15 +151,22 @@ def default(p: DecodeProblem, target: Target) -> Config:
     width = (_pow2(p.kv_lora_rank, 16) + (_pow2(p.rope_dim, 16) if p.rope_dim else 0)) * DTYPES[p.kv_dtype].bytes
     queries = block_m * (_pow2(p.kv_lora_rank, 16) + _pow2(p.rope_dim, 16)) * 2 if block_m >= 32 else 0
     slack = 2048
+    if block_m == 32 and target.smem_bytes < 104448:  # with q, a gathered tile of 32 tokens takes 102400 bytes
+        block_m = 16
     while stages > 1 and queries + stages * block_n * width + slack > target.smem_bytes:
         stages -= 1
     while block_n > 16 and queries + stages * block_n * width + slack > target.smem_bytes:
         block_n //= 2
     if queries + stages * block_n * width + slack > target.smem_bytes:
         block_m = 16
+    table = p.batch * p.q_len * p.num_heads  # rows of the output: few want many small programs of the combine
+    if table <= 128:
+        pieces, heads, columns = (128 if table <= 64 else 64, 1, 64) if p.batch == 1 else (32, 1, 128)
+    else:
+        pieces, heads, columns = (8, 1, 512) if table <= 2112 else (4, 4, 512)
     config = Config.of(
         NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, tma=False, min_tiles=1,
-        num_kv_splits=1, split_cost=0, combine_waves=2, combine_s=16, masked_first=block_m < 64, pdl=target.has("pdl"),
+        num_kv_splits=1, split_cost=0, combine_s=pieces, combine_h=heads, combine_d=columns, masked_first=block_m < 64, pdl=target.has("pdl"),
     )  # fmt: skip
     if bulk and _no_tma(p, config) is None:
         config = config.replace(tma=True)
@@ -247,7 +254,7 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     constants |= {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "BLOCK_M": config.int("block_m"), "BLOCK_N": block_n, "BLOCK_C": latent, "BLOCK_R": rope,
-        "BALANCE": _balances(p), "BATCH_POW2": _batch_pow2(p), "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]),         "MASKED_FIRST": bool(config["masked_first"]),
+        "BATCH_POW2": _batch_pow2(p), "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]),         "MASKED_FIRST": bool(config["masked_first"]),
         "PDL": bool(config["pdl"]), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "HAS_LSE": p.lse, "COMPUTE": _COMPUTE[_compute(p)], "DECODE": _decode(p.kv_dtype, target),
         "Q_DECODE": _decode(p.q_dtype, target), "QK_NATIVE": _qk_native(p, target),
@@ -272,36 +279,27 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
 
 
 def _batch_pow2(p: DecodeProblem) -> int:
-    """Lanes that hold the batch's lengths; few sizes, so that few kernels are compiled."""
-    return next(n for n in (64, 256, _MOST_BALANCED) if p.batch <= n) if _balances(p) else 1
+    """Lanes that hold the batch's lengths; two sizes, so that few kernels are compiled."""
+    return 256 if p.batch <= 256 or not _balances(p) else _MOST_BALANCED
 
 
-def _combine_tile(p: DecodeProblem, target: Target, config: Config) -> tuple[int, int, int]:
-    """(pieces, heads, columns) a program of the combine holds: more columns and heads as rows get plenty."""
-    latent, rows = _pow2(p.kv_lora_rank), p.batch * p.q_len * p.num_heads
-    if p.batch_invariant:  # the order of a sum must depend neither on the batch nor on the capacity
-        return config.int("combine_s"), 1, min(512, latent)
-    wanted = config.int("combine_waves") * 4 * target.sms  # programs
-    columns = min(128, latent)
-    while columns < latent and rows * (latent // columns) > wanted:
-        columns *= 2
-    heads = 1
-    while heads < min(8, p.num_heads) and rows * (latent // columns) // heads > wanted:
-        heads *= 2
-    pieces = min(config.int("combine_s"), _pow2(num_splits(p, config), 2)) if not _balances(p) else config.int("combine_s")
-    return min(pieces, max(2, 8192 // (heads * columns))), heads, columns
+def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int, int]:
+    """(pieces, heads, columns) that a program of the combine holds."""
+    heads = min(config.int("combine_h"), _pow2(p.num_heads))
+    if p.batch_invariant:  # the order of the sum must not depend on the batch
+        return 8, 1, min(512, _pow2(p.kv_lora_rank, 16))
+    return config.int("combine_s"), heads, min(config.int("combine_d"), _pow2(p.kv_lora_rank, 16))
 
 
 def _combine(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]:
     """The same for the second kernel."""
-    pieces = slots(p, target, config) if _balances(p) else num_splits(p, config)  # of one sequence, at most
-    block_s, block_h, block_d = _combine_tile(p, target, config)
+    block_s, block_h, block_d = _combine_tile(p, config)
     absent = _absent(p)
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in absent if name in _COMBINE_POINTERS}
     constants |= {
         "H": p.num_heads, "C": p.kv_lora_rank, "PAGE": p.page_size, "BLOCK_N": config.int("block_n"),
-        "SPLITS_POW2": _pow2(pieces, 1024) if p.batch_invariant else 32 if pieces <= 32 else _pow2(pieces, 256), "BLOCK_S": block_s, "BLOCK_H": block_h, "BLOCK_D": block_d,
-        "BALANCE": _balances(p), "BATCH_POW2": _batch_pow2(p), "PDL": bool(config["pdl"]), "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
+        "BLOCK_S": block_s, "BLOCK_H": block_h, "BLOCK_D": block_d,
+        "BATCH_POW2": _batch_pow2(p), "PDL": bool(config["pdl"]), "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
     }  # fmt: skip
     arguments = [(f"{n}_ptr", _pointer(p, target, n), Arg("ptr", n)) for n in _COMBINE_POINTERS if n not in absent]
     for name in _OUT_STRIDES:
@@ -352,7 +350,7 @@ def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, 
     stage1 = Launch(0, grid, tuple(a for *_, a in _stage1(p, target, config)[1]))
     if not _splits(p, config):
         return (stage1,)
-    _, heads, columns = _combine_tile(p, target, config)
+    _, heads, columns = _combine_tile(p, config)
     grid = (-(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch, 1, 1)
     two = Launch(1, grid, tuple(a for *_, a in _combine(p, target, config)[1]), pdl=bool(config["pdl"]))
     return stage1, two
@@ -363,7 +361,7 @@ def numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int |
     chosen = p.num_kv_splits is None and not p.batch_invariant
     return {
         "batch": p.batch, "max_q_len": p.q_len, "num_splits": num_splits(p, config), "min_tiles": _min_tiles(p, config),
-        "wave": _wave(p, target, config), "slots": slots(p, target, config),
+        "wave": _wave(p, target, config) if _balances(p) else 0, "slots": slots(p, target, config),
         "split_cost": config.int("split_cost") / 1000 if chosen else 0.0,
     }  # fmt: skip
 
@@ -397,7 +395,7 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
-    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),     "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "split_cost": (0, 10, 20, 50), "combine_waves": (1, 2, 4), "combine_s": (8, 16, 32), "pdl": (False, True),
+    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),     "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "split_cost": (0, 10, 20, 50), "combine_s": (2, 4, 8, 16, 32, 64, 128), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512), "pdl": (False, True),
 }  # fmt: skip
 
 DECODE_SPLITK_TRITON = Variant(

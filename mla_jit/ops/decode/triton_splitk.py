@@ -221,7 +221,7 @@ def decode_splitk(
     lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    BALANCE: tl.constexpr, BATCH_POW2: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
+    BATCH_POW2: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
     CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
     COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -231,10 +231,12 @@ def decode_splitk(
     row_block = pid % row_blocks
     kvh = (pid // row_blocks) % NUM_KV_HEADS
     piece = pid // (row_blocks * NUM_KV_HEADS)
-    b = piece // num_splits
-    split = piece % num_splits
+    b = tl.minimum(piece // num_splits, batch - 1)
+    split = piece - b * num_splits
+    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)  # on its way while the batch is looked at
     pieces = 0
-    if BALANCE:
+    even = True
+    if wave > 0:
         every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
@@ -242,10 +244,10 @@ def decode_splitk(
             b = tl.sum(((ends <= piece) & (offs_b < batch)).to(tl.int32), 0)
             split = piece - tl.sum(tl.where(offs_b < b, every, 0), 0)
             pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
-    if b >= batch:
+            length = _lengths(b, b < batch, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    if (b >= batch) or (even and split >= num_splits):
         return
 
-    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
     if kv_indptr_ptr is None:
         pages_ptr = table_ptr + b.to(tl.int64) * table_stride
     else:
@@ -369,8 +371,8 @@ def combine(
     lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
     cp_rank, cp_world, split_cost, lse_mul,
-    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS_POW2: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BALANCE: tl.constexpr, BATCH_POW2: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BATCH_POW2: tl.constexpr,
     PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """Sums the partials of BLOCK_H heads of one token and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M).
@@ -389,7 +391,7 @@ def combine(
     tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
     used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles, split_cost))
     first = b * num_splits
-    if BALANCE:
+    if wave > 0:
         every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
@@ -411,22 +413,25 @@ def combine(
     head_ok = heads < H
     row = (first.to(tl.int64) * max_q_len + tok) * H + heads
     step = max_q_len.to(tl.int64) * H  # rows a piece
-    offs = tl.arange(0, SPLITS_POW2)
-    every_ok = (offs < used)[:, None] & head_ok[None, :]
-    lses = tl.load(part_lse_ptr + row[None, :] + (offs * step)[:, None], mask=every_ok, other=float("-inf"))
-    top = tl.max(lses, 0)
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lses - shift[None, :]), 0)
+    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_H,), tl.float32)
     offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for s0 in tl.range(0, used, BLOCK_S):
+    for s0 in tl.range(0, used, BLOCK_S):  # an online softmax over pieces: LSE and partials are on their way together
         offs_s = s0 + tl.arange(0, BLOCK_S)
         rows = row[None, :] + (offs_s * step)[:, None]
         ok = (offs_s < used)[:, None] & head_ok[None, :]
-        weight = tl.exp2(tl.load(part_lse_ptr + rows, mask=ok, other=float("-inf")) - shift[None, :])
+        lses = tl.load(part_lse_ptr + rows, mask=ok, other=float("-inf"))
         part_ok = ok[:, :, None] & (offs_d < C)[None, None, :]
         part = tl.load(part_ptr + (rows * C)[:, :, None] + offs_d[None, None, :], mask=part_ok, other=0.0)
-        acc += tl.sum(part * weight[:, :, None], 0)
+        higher = tl.maximum(top, tl.max(lses, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp2(lses - shift[None, :])
+        alpha = tl.exp2(top - shift)
+        acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
+        total = total * alpha + tl.sum(weight, 0)
+        top = higher
+    shift = tl.where(top == float("-inf"), 0.0, top)
     denominator = total
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + heads, mask=head_ok, other=0.0) * LOG2E
