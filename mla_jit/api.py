@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +50,7 @@ class _Call(NamedTuple):
 _calls: dict[tuple[Any, ...], _Call] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _last: Dispatch | None = None
+_passing = threading.local()
 
 
 def decode(
@@ -250,8 +253,20 @@ def _workspace(call: _Call, stream: int) -> Tensor:
         return call.allocate(shape, strides, torch.uint8)
     kept = _workspaces.get((call.device, stream))
     if kept is None or kept.numel() < call.workspace_bytes:
-        kept = _workspaces[call.device, stream] = call.allocate(shape, strides, torch.uint8)
+        kept = call.allocate(shape, strides, torch.uint8)
+        if not getattr(_passing, "on", False):
+            _workspaces[call.device, stream] = kept
     return kept
+
+
+@contextlib.contextmanager
+def keeping_nothing() -> Iterator[None]:
+    """Within it a new workspace lives for its call only: torch.compile's graph trees own the memory pool of their warm-up."""
+    _passing.on = True
+    try:
+        yield
+    finally:
+        _passing.on = False
 
 
 def _allocator(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:

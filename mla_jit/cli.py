@@ -483,7 +483,7 @@ def _doctor(as_json: bool) -> int:
     return SHORT if any(check.status == "fault" for check in checks) else DONE
 
 
-# --------------------------------------------------------------------------------------------------------------- cache
+# --------------------------------------------------------------------------------------------------------------- bench
 
 
 @main.command("bench")
@@ -527,6 +527,9 @@ def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, 
     else:
         click.echo(f"geometric mean of best peer / ours over {len(rows)} shapes: {mean:.3f}")
     return DONE
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
 
 
 @main.group("cache")

@@ -37,7 +37,8 @@ def _call(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, 
         value = arguments.pop(f"{name}_value", None)
         if arguments.get(name) is None:
             arguments[name] = value
-    return api.decode(q if q_pe is None else (q, q_pe), kv_cache if kpe is None else (kv_cache, kpe), **arguments)
+    with api.keeping_nothing():
+        return api.decode(q if q_pe is None else (q, q_pe), kv_cache if kpe is None else (kv_cache, kpe), **arguments)
 
 
 def _decode(

@@ -92,11 +92,16 @@ def closure(path: str, function: str) -> str:
     return "\n\n".join(source_of(n) for n in nodes) + "\n"
 
 
-def _argument(kind: str) -> tuple[str, list[list[Any]]]:
+def _argument(kind: str, gluon: bool = False) -> tuple[str, list[list[Any]]]:
     """A signature entry as Triton spells it: ("*bf16:16") -> ("*bf16", [["tt.divisibility", 16]])."""
     base, _, divisor = kind.partition(":")
     if match := re.fullmatch(r"tma<(\w+)\[(.*)\]>", base):
-        return f"tensordesc<{match[1]}[{', '.join(match[2].split(','))}]>", []
+        layout = ""
+        if gluon:  # there a descriptor says how a box lies in shared memory
+            from triton.experimental.gluon.language import NVMMASharedLayout
+
+            layout = f",{NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)!r}"
+        return f"tensordesc<{match[1]}[{', '.join(match[2].split(','))}]{layout}>", []
     return base, [["tt.divisibility", int(divisor)]] if divisor else []
 
 
@@ -139,6 +144,7 @@ def _run_pipeline(source: Source) -> Any:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     options = {k: v for k, v in source.options if not k.startswith("env:")}
     backend, arch, warp_size = options.pop("backend"), options.pop("arch"), options.pop("warp_size")
@@ -153,12 +159,13 @@ def _run_pipeline(source: Source) -> Any:
 
     names = list(fn.arg_names)
     constants = {n: constant(v) for n, v in source.constants}
-    kinds = {n: _argument(kind) for n, kind in source.signature}
+    gluon = bool(fn.is_gluon())
+    kinds = {n: _argument(kind, gluon) for n, kind in source.signature}
     if missing := [n for n in names if n not in constants and n not in kinds]:
         raise CompileError(f"{source.locator} has parameters that the variant does not fill: {', '.join(missing)}", key=source.key)
     signature = {n: "constexpr" if n in constants else kinds[n][0] for n in names}
     attributes = {(names.index(n),): attrs for n, (_, attrs) in kinds.items() if attrs}
-    unit = ASTSource(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    unit = (GluonASTSource if gluon else ASTSource)(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
     with tempfile.TemporaryDirectory(prefix="mla_jit-") as directory, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = directory
         triton.knobs.compilation.disable_line_info = True

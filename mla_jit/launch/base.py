@@ -19,11 +19,11 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Arg:
-    """One runtime argument. kind: "ptr", "i32", "i64", "f32", "f32c" (by value), or "tma" (a tensor map, with shape and
+    """One runtime argument. kind: "ptr", "i32", "i64", "f32" (by value), or "tma" (a tensor map, with shape and
     strides by value).
 
     `name` is looked up among the tensors of the call ("ptr", "tma"), the numbers of the call ("f32") or the numbers
-    fixed by its signature ("i32", "i64", "f32c"). `offset` is added to a pointer, in bytes.
+    fixed by its signature ("i32", "i64"). `offset` is added to a pointer, in bytes.
     """
 
     kind: str
@@ -91,7 +91,7 @@ class Packed:
     A tensor map is an address of its own, set by `point`.
     """
 
-    _FORMATS = {"i32": "i", "i64": "q", "f32c": "f"}
+    _FORMATS = {"i32": "i", "i64": "q"}
 
     def __init__(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding):
         every = [a for launch in launches for a in launch.args]
@@ -106,7 +106,7 @@ class Packed:
         def put(kind: str, value: Number) -> int:
             size = struct.calcsize(self._FORMATS[kind])
             fixed.extend(bytes(-len(fixed) % size))
-            fixed.extend(struct.pack("<" + self._FORMATS[kind], value if kind == "f32c" else int(value)))
+            fixed.extend(struct.pack("<" + self._FORMATS[kind], int(value)))
             return start + len(fixed) - size
 
         for number, launch in enumerate(launches):

@@ -17,7 +17,7 @@ from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.errors import LaunchError
 from mla_jit.launch.base import Arg, Binding, Launch
 
-_KINDS = {"i32": ("i32",), "i64": ("i64",), "fp32": ("f32", "f32c")}  # a signature's scalar type -> kinds of arguments
+_KINDS = {"i32": ("i32",), "i64": ("i64",), "fp32": ("f32",)}  # a signature's scalar type -> kinds of arguments
 
 
 @dataclass

@@ -263,6 +263,11 @@ def test_doctor_never_raises(monkeypatch):
     assert [check.value for check in found] == ["ZeroDivisionError: division by zero"]
 
 
+def test_bench_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "needs a GPU" in run_json("bench", code=1)["message"]
+
+
 def test_quickstart():
     data = run_json("quickstart")
     assert data["faults"] == []

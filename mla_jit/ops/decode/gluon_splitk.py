@@ -19,8 +19,6 @@ shared memory, since unused slots may hold NaN. An odd last tile follows the loo
 maximum has grown by 2^8: 2 % faster, and the largest weight of a row is then rounded like the others.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,68 +33,68 @@ from triton.language.extra.cuda import gdc_launch_dependents
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Triton 3.7
 
 
+# The next four say what their namesakes in triton_splitk.py say: `combine`, which follows, must find the same pieces.
+
+
 @gluon.jit
 def _lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: gl.constexpr, PAGE: gl.constexpr):
-    """As in triton_splitk.py."""
     if HAS_LENS:
         length = gl.load(lens_ptr + b, mask=ok, other=0).to(gl.int32)
     else:
         pages = (gl.load(indptr_ptr + b + 1, mask=ok, other=0) - gl.load(indptr_ptr + b, mask=ok, other=0)).to(gl.int32)
-        last = gl.load(last_ptr + b, mask=ok, other=0).to(gl.int32)
-        length = gl.where(pages > 0, (pages - 1) * PAGE + last, 0)
+        length = pages
+        if PAGE > 1:
+            last = gl.load(last_ptr + b, mask=ok, other=0).to(gl.int32)
+            length = gl.where(pages > 0, (pages - 1) * PAGE + last, 0)
     return gl.maximum(length, 0)
 
 
 @gluon.jit
 def _visible(limit, cp_rank, cp_world, CP: gl.constexpr):
-    """As in triton_splitk.py."""
     if CP:
         limit = (limit - cp_rank + cp_world - 1) // cp_world
     return gl.maximum(limit, 0)
 
 
 @gluon.jit
-def _even_pieces(tiles, num_splits, min_tiles, split_cost):
-    """As in triton_splitk.py."""
-    per = gl.maximum(gl.cdiv(tiles, num_splits), min_tiles)
-    return gl.maximum(per, gl.ceil(gl.sqrt(tiles.to(gl.float32) * split_cost)).to(gl.int32))
+def _even_pieces(tiles, num_splits, min_tiles):
+    return gl.maximum(gl.cdiv(tiles, num_splits), min_tiles)
+
+
+@gluon.jit
+def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
+              HAS_LENS: gl.constexpr, PAGE: gl.constexpr, CP: gl.constexpr, BLOCK_N: gl.constexpr,
+              BATCH_POW2: gl.constexpr):  # fmt: skip
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
+    LINE: gl.constexpr = gl.BlockedLayout([BATCH_POW2 // 128], [32], [4], [0])
+    offs_b = gl.arange(0, BATCH_POW2, gl.SliceLayout(1, LAYOUT))
+    ok = offs_b < batch
+    lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
+    tiles = gl.where(ok, gl.cdiv(lengths, BLOCK_N), 0)
+    total = gl.sum(tiles, 0).to(gl.int64)
+    even = gl.max(tiles, 0).to(gl.int64) * batch * 8 <= total * 9
+    if even:
+        per = _even_pieces(tiles, num_splits, min_tiles)
+        pieces = gl.where(ok, gl.maximum(gl.cdiv(tiles, per), 1), 0)
+    else:
+        k = gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))
+        cuts = gl.maximum(gl.cdiv(total * ((8 + 2 * (k % 4)) << (k // 4)), wave * 16), 1).to(gl.int32)
+        wanted = gl.maximum(gl.cdiv(gl.expand_dims(tiles, 1), gl.expand_dims(cuts, 0)), 1)
+        count = gl.sum(gl.where(gl.expand_dims(ok, 1), wanted, 0), 0)
+        share = gl.cdiv(total, wave).to(gl.int32)
+        time = 2 * gl.minimum(gl.cdiv(count, wave) * cuts, share + cuts) + gl.cdiv(3 * count, wave)
+        time = gl.where(count <= slots, time, 2147483647)
+        best = gl.min(gl.where(time == gl.min(time, 0), k, 16), 0)  # the first of the least
+        cut = gl.sum(gl.where(k == best, cuts, 0), 0)
+        fits = gl.sum(gl.where(k == best, count, 0), 0) <= slots
+        pieces = gl.where(ok, gl.maximum(gl.cdiv(tiles, cut), 1), 0)
+        pieces = gl.where(fits, pieces, ok.to(gl.int32))
+    return gl.convert_layout(pieces, LINE), gl.convert_layout(offs_b, LINE), even
 
 
 @gluon.jit
 def _add(a, b):
     return a + b
-
-
-@gluon.jit
-def _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
-              HAS_LENS: gl.constexpr, PAGE: gl.constexpr, CP: gl.constexpr, BATCH_POW2: gl.constexpr):  # fmt: skip
-    """As in triton_splitk.py, operation by operation: `combine` must find the same pieces."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
-    offs_b = gl.arange(0, BATCH_POW2, gl.SliceLayout(1, LAYOUT))
-    offs_c = gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))
-    ok = offs_b < batch
-    lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
-    tiles = gl.where(ok, gl.cdiv(lengths, 64), 0)
-    total = gl.sum(tiles, 0)
-    even = gl.max(tiles, 0) * batch * 8 <= total * 9
-    if even:
-        per = _even_pieces(tiles, num_splits, min_tiles, split_cost)
-        pieces = gl.where(ok, gl.maximum(gl.cdiv(tiles, per), 1), 0)
-    else:
-        share = total.to(gl.float32) / wave
-        cuts = gl.maximum(gl.ceil(share * gl.exp2(offs_c.to(gl.float32) * 0.25 - 1.0)), 1.0)
-        wanted = gl.ceil(gl.expand_dims(tiles.to(gl.float32), 1) / gl.expand_dims(cuts, 0))
-        wanted = gl.where(gl.expand_dims(ok, 1), gl.maximum(wanted, 1.0), 0.0)
-        count = gl.sum(wanted, 0)
-        time = gl.minimum(gl.ceil(count / wave) * cuts, share + cuts) + 1.5 * count / wave
-        time = gl.where(count <= slots, time, float("inf"))
-        best = gl.min(gl.where(time == gl.min(time, 0), offs_c, 16), 0)
-        cut = gl.sum(gl.where(offs_c == best, cuts, 0.0), 0)
-        fits = gl.sum(gl.where(offs_c == best, count, 0.0), 0) <= slots
-        pieces = gl.where(ok, gl.maximum(gl.ceil(tiles.to(gl.float32) / cut), 1.0), 0.0).to(gl.int32)
-        pieces = gl.where(fits, pieces, ok.to(gl.int32))
-    LINE: gl.constexpr = gl.BlockedLayout([BATCH_POW2 // 128], [32], [4], [0])
-    return gl.convert_layout(pieces, LINE), gl.convert_layout(offs_b, LINE), even
 
 
 @gluon.jit
@@ -390,7 +388,7 @@ def decode_splitk_gluon(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h, kv_stride_head, kpe_stride_head, table_stride,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, split_cost, qk_scale, v_scale, logit_cap,
+    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
     lse_mul,
     G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, MULTI: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr,
     BATCH_POW2: gl.constexpr, LAZY: gl.constexpr, PDL: gl.constexpr, CAUSAL: gl.constexpr, CAP: gl.constexpr,
@@ -401,21 +399,23 @@ def decode_splitk_gluon(
     row_block = pid % row_blocks
     kvh = (pid // row_blocks) % NUM_KV_HEADS
     piece = pid // (row_blocks * NUM_KV_HEADS)
-    b = piece // num_splits
-    split = piece % num_splits
+    b = gl.minimum(piece // num_splits, batch - 1)
+    split = piece - b * num_splits
+    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
     pieces = 0
+    even = True
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
-                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BATCH_POW2)  # fmt: skip
+        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, 64, BATCH_POW2)  # fmt: skip
         if not even:
             ends = gl.associative_scan(every, 0, _add)
             b = gl.sum(((ends <= piece) & (offs_b < batch)).to(gl.int32), 0)
             split = piece - gl.sum(gl.where(offs_b < b, every, 0), 0)
             pieces = gl.sum(gl.where(offs_b == b, every, 0), 0)
-    if b >= batch:
+            length = _lengths(b, b < batch, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    if (b >= batch) or (even and split >= num_splits):
         return
 
-    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
     if kv_indptr_ptr is None:
         pages_ptr = table_ptr + b.to(gl.int64) * table_stride
     else:
@@ -428,7 +428,7 @@ def decode_splitk_gluon(
         q_len = gl.load(qo_indptr_ptr + b + 1).to(gl.int32) - q_first
     kv_len = _visible(length, cp_rank, cp_world, CP)
     tiles = gl.cdiv(kv_len, 64)
-    per_split = _even_pieces(tiles, num_splits, min_tiles, split_cost)
+    per_split = _even_pieces(tiles, num_splits, min_tiles)
     if pieces > 0:
         per_split = gl.maximum(gl.cdiv(tiles, pieces), 1)
     first_tile = split * per_split

@@ -62,41 +62,41 @@ def _visible(limit, cp_rank, cp_world, CP: tl.constexpr):
 
 
 @triton.jit
-def _even_pieces(tiles, num_splits, min_tiles, split_cost):
-    """Tiles a piece when every sequence gets num_splits slots: enough to fill them, and not so few that the partials,
-    whose cost grows with the pieces, outweigh the tiles: per + split_cost·tiles/per is least at sqrt(split_cost·tiles)."""
-    per = tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
-    return tl.maximum(per, tl.ceil(tl.sqrt(tiles.to(tl.float32) * split_cost)).to(tl.int32))
+def _even_pieces(tiles, num_splits, min_tiles):
+    """Tiles a piece when every sequence gets num_splits slots: enough to fill them, at least min_tiles."""
+    return tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
 
 
 @triton.jit
-def _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
+def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
               HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr,
               BATCH_POW2: tl.constexpr):  # fmt: skip
     """(pieces of each sequence [BATCH_POW2], their indices, whether lengths are even): how a batch is cut for `slots` programs.
 
-    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates around total/wave, the one
-    with the least predicted time, min(waves·c, total/wave + c) + an overhead a piece, whose pieces fit the slots.
+    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates, 1/2 to 7 times total/wave,
+    the one with the least predicted time, min(waves·c, total/wave + c) + 1.5 tiles a piece and program, whose pieces fit
+    the slots. Integers only: both stages must come to the same cut.
     """
     offs_b = tl.arange(0, BATCH_POW2)
     ok = offs_b < batch
     lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
     tiles = tl.where(ok, tl.cdiv(lengths, BLOCK_N), 0)
-    total = tl.sum(tiles, 0)
-    even = tl.max(tiles, 0) * batch * 8 <= total * 9
+    total = tl.sum(tiles, 0).to(tl.int64)
+    even = tl.max(tiles, 0).to(tl.int64) * batch * 8 <= total * 9
     if even:
-        per = _even_pieces(tiles, num_splits, min_tiles, split_cost)
+        per = _even_pieces(tiles, num_splits, min_tiles)
         pieces = tl.where(ok, tl.maximum(tl.cdiv(tiles, per), 1), 0)
     else:
-        share = total.to(tl.float32) / wave
-        cuts = tl.maximum(tl.ceil(share * tl.exp2(tl.arange(0, 16).to(tl.float32) * 0.25 - 1.0)), 1.0)
-        wanted = tl.where(ok[:, None], tl.maximum(tl.ceil(tiles.to(tl.float32)[:, None] / cuts[None, :]), 1.0), 0.0)
+        k = tl.arange(0, 16)
+        cuts = tl.maximum(tl.cdiv(total * ((8 + 2 * (k % 4)) << (k // 4)), wave * 16), 1).to(tl.int32)
+        wanted = tl.where(ok[:, None], tl.maximum(tl.cdiv(tiles[:, None], cuts[None, :]), 1), 0)
         count = tl.sum(wanted, 0)
-        time = tl.minimum(tl.ceil(count / wave) * cuts, share + cuts) + 1.5 * count / wave
-        best = tl.argmin(tl.where(count <= slots, time, float("inf")), 0)
-        cut = tl.sum(tl.where(tl.arange(0, 16) == best, cuts, 0.0), 0)
-        fits = tl.sum(tl.where(tl.arange(0, 16) == best, count, 0.0), 0) <= slots
-        pieces = tl.where(ok, tl.maximum(tl.ceil(tiles.to(tl.float32) / cut), 1.0), 0.0).to(tl.int32)
+        share = tl.cdiv(total, wave).to(tl.int32)
+        time = 2 * tl.minimum(tl.cdiv(count, wave) * cuts, share + cuts) + tl.cdiv(3 * count, wave)
+        best = tl.argmin(tl.where(count <= slots, time, 2147483647), 0)
+        cut = tl.sum(tl.where(k == best, cuts, 0), 0)
+        fits = tl.sum(tl.where(k == best, count, 0), 0) <= slots
+        pieces = tl.where(ok, tl.maximum(tl.cdiv(tiles, cut), 1), 0)
         pieces = tl.where(fits, pieces, ok.to(tl.int32))
     return pieces, offs_b, even
 
@@ -217,7 +217,7 @@ def decode_splitk(
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, split_cost, qk_scale, v_scale, logit_cap,
+    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
     lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -237,7 +237,7 @@ def decode_splitk(
     pieces = 0
     even = True
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
             ends = tl.cumsum(every, 0)
@@ -260,7 +260,7 @@ def decode_splitk(
         q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
     kv_len = _visible(length, cp_rank, cp_world, CP)
     tiles = tl.cdiv(kv_len, BLOCK_N)
-    per_split = _even_pieces(tiles, num_splits, min_tiles, split_cost)
+    per_split = _even_pieces(tiles, num_splits, min_tiles)
     if pieces > 0:
         per_split = tl.maximum(tl.cdiv(tiles, pieces), 1)
     first_tile = split * per_split
@@ -370,7 +370,7 @@ def decode_splitk(
 def combine(
     lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
-    cp_rank, cp_world, split_cost, lse_mul,
+    cp_rank, cp_world, lse_mul,
     H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BATCH_POW2: tl.constexpr,
     PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -389,10 +389,10 @@ def combine(
     b = pid // (COLUMNS * GROUPS * max_q_len)
     length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
     tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
-    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles, split_cost))
+    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles))
     first = b * num_splits
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, split_cost, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
             first = tl.sum(tl.where(offs_b < b, every, 0), 0)
