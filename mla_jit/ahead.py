@@ -112,17 +112,13 @@ def _sizes(problem: DecodeProblem, target: Target, max_batch: int) -> list[tuple
     )
     try:
         for length in [1 << i for i in range(problem.max_kv_len.bit_length())]:
-            for low, high in itertools.pairwise(batches):
-                todo = [(low, high)]
-                while todo:
-                    low, high = todo.pop()
-                    if high - low > 1 and at(low, length) != at(high, length):
-                        middle = (low + high) // 2
-                        todo += [(low, middle), (middle, high)]
-            for batch in (batches[0], batches[-1]):
-                at(batch, length)
+            todo = list(itertools.pairwise(batches)) or [(1, 1)]
+            while todo:
+                low, high = todo.pop()
+                if at(low, length) != at(high, length) and high - low > 1:
+                    todo += [(low, (low + high) // 2), ((low + high) // 2, high)]
     except NoVariant:
-        return [(1, problem.max_kv_len)]  # which says why
+        return [(1, problem.max_kv_len)]  # it will say why
     new: set[Source] = set()
     sizes = []
     for size, sources in sorted(found.items()):

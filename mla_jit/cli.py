@@ -489,7 +489,9 @@ def _doctor(as_json: bool) -> int:
 @main.command("bench")
 @click.option("--grid", type=click.Choice(["peers"]), default="peers", show_default=True, help="Which shapes.")
 @_repeated("--against", str, "A peer to time in the same run, if its package imports: flash_mla.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Runs on fresh inputs; the median counts.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=3, show_default=True, help="Runs on fresh inputs; the median counts."
+)
 @click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
 @_verb
 def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, as_json: bool) -> int:
@@ -509,7 +511,9 @@ def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, 
     rows = []
     if not as_json:
         click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {runs} runs, {grid} grid")
-        click.echo(f"{'shape':28} {'ours us':>9} {'low':>8} {'high':>8} {'best peer':>9} {'score':>6} {'roof':>7}  error    timed now")
+        click.echo(
+            f"{'shape':28} {'ours us':>9} {'low':>8} {'high':>8} {'best peer':>9} {'score':>6} {'roof':>7}  error    timed now"
+        )
     for row in bench.peers_rows(api.decode, against, runs=runs, hinted=capacity_hint):
         rows.append(row)
         if not as_json:

@@ -16,7 +16,9 @@ from typing import Any
 
 from mla_jit import ahead, ops, resources, target
 from mla_jit.compile import triton as toolchain
+from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
+from mla_jit.errors import NoVariant
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
@@ -35,20 +37,24 @@ EVIDENCE = ("tuning_db", "evidence.jsonl")
 
 @dataclass(frozen=True)
 class Evidence:
-    """A row of tuning_db/evidence.jsonl: `what` was shown of a variant (its revision) with these dtypes on a target."""
+    """A row of tuning_db/evidence.jsonl: `what` was shown of variants (name, revision) with these dtypes there."""
 
     op: str
     q_dtype: str
     kv_dtype: str
     target: str
     backend: str
-    variant: str
-    revision: int
+    variants: tuple[tuple[str, int], ...]
     what: str  # "compiled" | "executed" | "measured"
     date: str
     device: str
     toolchain: str
     command: str
+
+    @classmethod
+    def from_json(cls, text: str) -> Evidence:
+        data = json.loads(text)
+        return cls(**(data | {"variants": tuple((name, revision) for name, revision in data["variants"])}))
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -97,7 +103,7 @@ def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[DecodeProblem, ...]:
 def evidence() -> dict[tuple[str, ...], Evidence]:
     """The rows that are shipped, by cell."""
     lines = resources.path(*EVIDENCE).read_text(encoding="utf-8").splitlines()
-    rows = [Evidence(**json.loads(line)) for line in lines if line.strip()]
+    rows = [Evidence.from_json(line) for line in lines if line.strip()]
     return {row.key: row for row in rows}
 
 
@@ -113,25 +119,37 @@ def matrix() -> list[Cell]:
 
 
 def _cell(op: str, q: str, kv: str, backend: str, there: Target) -> Cell:
-    reason = f"no variant of the backend {backend}"
-    for variant in ops.variants(op):
-        if variant.backend != backend:
-            continue
-        if (reason := _refusal(variant, op, q, kv, there)) == "":
-            row = evidence().get((op, q, kv, there.name, backend))
-            shown = row is not None and (row.variant, row.revision) == (variant.name, variant.revision)
-            return Cell(
-                op, q, kv, there.name, backend, row.what if row and shown else "unproven", "", row if shown else None
-            )
-    return Cell(op, q, kv, there.name, backend, "refused", reason)
+    try:
+        variants = _variants(_choices(op, q, kv, backend, there))
+    except NoVariant as error:
+        return Cell(op, q, kv, there.name, backend, "refused", str(error))
+    row = evidence().get((op, q, kv, there.name, backend))
+    if row is None or row.variants != variants:
+        return Cell(op, q, kv, there.name, backend, "unproven")
+    return Cell(op, q, kv, there.name, backend, row.what, "", row)
 
 
-def _refusal(variant: Variant, op: str, q: str, kv: str, there: Target) -> str:
-    """Why the variant refuses any of the cell's problems, or ""."""
+def _choices(op: str, q: str, kv: str, backend: str, there: Target) -> list[tuple[DecodeProblem, Variant, Config]]:
+    """For each of the cell's problems the backend's variant that a call would take. NoVariant, with the last's reason."""
+    found = []
     for problem in problems(op, q, kv):
-        if (reason := variant.rejects(problem, there, variant.default(problem, there))) is not None:
-            return reason
-    return ""
+        best: tuple[float, Variant, Config] | None = None
+        reason = f"no variant of the backend {backend}"
+        for variant in ops.variants(op):
+            if variant.backend == backend:
+                config = variant.default(problem, there)
+                if (refusal := variant.rejects(problem, there, config)) is not None:
+                    reason = refusal
+                elif best is None or variant.cost(problem, there, config).time_us < best[0]:
+                    best = (variant.cost(problem, there, config).time_us, variant, config)
+        if best is None:
+            raise NoVariant(reason, {})
+        found.append((problem, *best[1:]))
+    return found
+
+
+def _variants(choices: Sequence[tuple[DecodeProblem, Variant, Config]]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted({(variant.name, variant.revision) for _, variant, _ in choices}))
 
 
 def prove(cells: Iterable[Cell], *, workers: int | None = None) -> tuple[list[Evidence], dict[Cell, str]]:
@@ -144,49 +162,36 @@ def prove(cells: Iterable[Cell], *, workers: int | None = None) -> tuple[list[Ev
         if cell.state == "refused":
             continue
         there = here if cell.target == here.name else target.by_name(cell.target)
-        variant = variant_of(cell)
-        jobs = jobs_of(cell)
+        choices = _choices(cell.op, cell.q_dtype, cell.kv_dtype, cell.backend, there)
+        jobs = _jobs(choices, there)
         faults = [built.error for built in ahead.build_all(jobs, workers=workers) if not built.ok]
         executed = cell.target == here.name and not faults
         if executed:
-            these = problems(cell.op, cell.q_dtype, cell.kv_dtype)
-            faults = [fault for problem in these if (fault := _execute(problem, there, variant)) is not None]
+            faults = [fault for problem, *_ in choices if (fault := _execute(problem, there, cell.backend)) is not None]
         if faults:
             failures[cell] = "; ".join(faults)
             continue
         rows.append(
             Evidence(
                 op=cell.op, q_dtype=cell.q_dtype, kv_dtype=cell.kv_dtype, target=cell.target, backend=cell.backend,
-                variant=variant.name, revision=variant.revision, what="executed" if executed else "compiled",
-                date=dt.datetime.now(dt.timezone.utc).date().isoformat(),
-                device=there.device if executed else "none", toolchain=toolchain.version() if jobs else "torch",
-                command="mla-tune support --prove",
+                variants=_variants(choices), what="executed" if executed else "compiled",
+                date=dt.datetime.now(dt.timezone.utc).date().isoformat(), device=there.device if executed else "none",
+                toolchain=toolchain.version() if jobs else "torch", command="mla-tune support --prove",
             )
         )  # fmt: skip
     return rows, failures
 
 
-def variant_of(cell: Cell) -> Variant:
-    """The variant that serves a cell. StopIteration for a refused one."""
-    there = target.by_name(cell.target)
-    return next(
-        v
-        for v in ops.variants(cell.op)
-        if v.backend == cell.backend and not _refusal(v, cell.op, cell.q_dtype, cell.kv_dtype, there)
-    )
-
-
-def jobs_of(cell: Cell) -> list[ahead.Job]:
-    """The kernels of the problems that stand for a cell, with the variant's default configs."""
-    there, variant = target.by_name(cell.target), variant_of(cell)
+def _jobs(choices: Sequence[tuple[DecodeProblem, Variant, Config]], there: Target) -> list[ahead.Job]:
+    """The kernels of the choices, each once."""
     jobs: dict[str, ahead.Job] = {}
-    for problem in problems(cell.op, cell.q_dtype, cell.kv_dtype):
-        for source in variant.sources(problem, there, variant.default(problem, there)):
+    for problem, variant, config in choices:
+        for source in variant.sources(problem, there, config):
             jobs.setdefault(source.key, ahead.Job(there.name, source, problem))
     return list(jobs.values())
 
 
-def _execute(problem: DecodeProblem, there: Target, variant: Variant) -> str | None:
+def _execute(problem: DecodeProblem, there: Target, backend: str) -> str | None:
     """What is wrong with the result of a random call of the problem on this machine, or None."""
     import mla_jit
     from mla_jit import trial
@@ -194,18 +199,20 @@ def _execute(problem: DecodeProblem, there: Target, variant: Variant) -> str | N
     call = trial.make_call(problem, "cpu" if there.runtime == "cpu" else "cuda")
     out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
     dispatch = mla_jit.last_dispatch()
-    if dispatch is None or dispatch.variant != variant.name:
-        return f"{problem} was served by {dispatch.variant if dispatch else None}, not by {variant.name}"
+    if dispatch is None or dispatch.backend != backend:
+        return (
+            f"{problem} was served by {dispatch.variant if dispatch else None}, which is not of the backend {backend}"
+        )
     judged = trial.judge(call, out, lse)
     return None if judged.ok else f"{problem}: relative L2 {judged.rel_l2:.2e}, LSE {judged.lse_error:.2e}"
 
 
 def merged(old: Iterable[Evidence], new: Iterable[Evidence]) -> list[Evidence]:
-    """Rows sorted by cell; a new one replaces an old one of another revision, or that shows no more than it."""
+    """Rows sorted by cell; a new one replaces an old one of other revisions, or that shows no more than it."""
     rows = {row.key: row for row in old}
     for row in new:
         before = rows.get(row.key)
-        stale = before is None or (before.variant, before.revision) != (row.variant, row.revision)
+        stale = before is None or before.variants != row.variants
         if stale or STATES.index(before.what) <= STATES.index(row.what):  # type: ignore[union-attr]
             rows[row.key] = row
     return [rows[key] for key in sorted(rows)]

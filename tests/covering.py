@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 Row = dict[str, Any]
@@ -62,36 +62,54 @@ def _complete(chosen: dict[str, int], names: Sequence[str], factors: Mapping[str
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """What a compiled kernel takes: registers and spilled bytes a thread (the latter with the variant's limit)."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    spill_limit: int
+    smem_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What came of compiling: of each kernel (name, registers, spilled bytes, shared bytes, threads), or why not."""
+    """What came of compiling: the configs, their kernels, and why not (rejected; or an error's class and message)."""
 
-    config: str
-    kernels: tuple[tuple[str, int, int, int, int], ...] = ()
+    configs: list[str]
+    kernels: list[Kernel]
     rejected: str = ""
-    error: str = ""  # the error's class
-    message: str = field(default="", compare=False)
-    seconds: float = 0.0
+    error: str = ""
+    message: str = ""
 
 
-def compile_problem(target_name: str, fields: Row, knobs: Row, which: slice) -> Outcome:
-    """Compiles these kernels of a problem with the default config, changed by knobs. Runs in a child."""
-    from mla_jit import target
+def compile_problem(target_name: str, fields: Row, variant_name: str | None, knobs: Row, which: slice) -> Outcome:
+    """Compiles these kernels of a problem with the variant's default config, changed by knobs. Runs in a child.
+
+    No name: every Triton variant that accepts the problem with its default config.
+    """
+    from mla_jit import ops, target
     from mla_jit.compile.triton import compile_source
     from mla_jit.errors import CompileError
-    from mla_jit.ops.decode import splitk
     from mla_jit.problem import DecodeProblem
 
     there, problem = target.by_name(target_name), DecodeProblem(**fields)
-    config = splitk.default(problem, there)
-    config = config.replace(**{name: value for name, value in knobs.items() if value is not None})
-    if (reason := splitk.rejects(problem, there, config)) is not None:
-        return Outcome(str(config), rejected=reason)
-    kernels, seconds = [], 0.0
+    configs, kernels, reasons = [], {}, []
     try:
-        for source in splitk.sources(problem, there, config)[which]:
-            a = compile_source(source)
-            kernels.append((a.name, a.registers, a.spill_bytes, a.smem_bytes, a.threads))
-            seconds += a.compile_seconds
+        for variant in ops.variants(problem.op):
+            if variant.backend != "triton" or variant_name not in (None, variant.name):
+                continue
+            config = variant.default(problem, there).replace(**knobs)
+            if (reason := variant.rejects(problem, there, config)) is not None:
+                reasons.append(reason)
+                continue
+            configs.append(str(config))
+            for source in variant.sources(problem, there, config)[which]:
+                if source.key not in kernels:
+                    a = compile_source(source)
+                    limit = source.limits.spill_bytes if source.limits is not None else 0
+                    kernels[source.key] = Kernel(a.name, a.registers, a.spill_bytes, limit, a.smem_bytes, a.threads)
     except CompileError as error:
-        return Outcome(str(config), tuple(kernels), error=type(error).__name__, message=f"{error}\n{error.log[-2000:]}")
-    return Outcome(str(config), tuple(kernels), seconds=seconds)
+        return Outcome(configs, list(kernels.values()), "", type(error).__name__, f"{error}\n{error.log[-2000:]}")
+    return Outcome(configs, list(kernels.values()), "" if configs else "; ".join(reasons))

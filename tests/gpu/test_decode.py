@@ -78,7 +78,7 @@ def test_case(case: cases.Case, built: dict[cases.Case, cases.Call], record_prop
     record_property("lse_error", figures.lse_error)
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
-    assert dispatch.variant == "decode_splitk_triton"
+    assert dispatch.backend == "triton"
 
 
 FAR = (

@@ -20,7 +20,7 @@ from covering import Outcome, Row
 
 from mla_jit import models, support
 from mla_jit import target as targets
-from mla_jit.ops.decode import splitk
+from mla_jit.ops.decode import gluon, splitk
 
 GPU_TARGETS = [name for name, row in targets.targets().items() if row.triton]
 DTYPES = [pair for pair in support.DTYPE_PAIRS if "fp32" not in pair]
@@ -62,6 +62,22 @@ COMBINE = {
     "dims": [(512, 64), (96, 0)],
     "splits": [None, 8],
     **{name: list(values) for name, values in splitk.SPACE.items() if name.startswith("combine_")},
+}
+GLUON = {
+    "target": [
+        name for name in GPU_TARGETS if targets.by_name(name).has("tma") and targets.by_name(name).has("mma_m64")
+    ],
+    "dtypes": ["bf16", "fp16"],
+    "heads": [(128, 1), (12, 1), (40, 2)],
+    "page_size": [64, 256],
+    "dims": [(512, 64), (256, 64), (512, 0)],
+    "q_len": [1, 2],
+    "paging": ["table", "csr"],
+    "soft_cap": [False, True],
+    "sinks": [False, True],
+    "lse": [False, True],
+    "context_parallel": [False, True],
+    **{name: list(values) for name, values in gluon.SPACE.items() if not name.startswith("combine_")},
 }
 
 
@@ -123,7 +139,7 @@ def allowed_combine(row: Row) -> bool:
 
 
 def knobs_of(row: Row) -> Row:
-    return {name: row[name] for name in splitk.SPACE if name in row}
+    return {name: row[name] for name in {**splitk.SPACE, **gluon.SPACE} if name in row}
 
 
 def name_of(row: Row) -> str:
@@ -134,6 +150,7 @@ def name_of(row: Row) -> str:
 PROBLEM_ROWS = covering.pairwise(PROBLEMS, allowed_problem)
 KNOB_ROWS = covering.pairwise(KNOBS, allowed_knobs)
 COMBINE_ROWS = covering.pairwise(COMBINE, allowed_combine)
+GLUON_ROWS = covering.pairwise(GLUON, allowed_problem)
 FULL = ("target", "dtypes", "heads", "page_size", "q_len", "paging", "dims")
 
 
@@ -152,9 +169,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("knob_row", KNOB_ROWS, ids=name_of)
     if "combine_row" in metafunc.fixturenames:
         metafunc.parametrize("combine_row", COMBINE_ROWS, ids=name_of)
+    if "gluon_row" in metafunc.fixturenames:
+        metafunc.parametrize("gluon_row", GLUON_ROWS, ids=name_of)
 
 
-WHICH = {"problem_row": slice(None), "knob_row": slice(0, 1), "combine_row": slice(1, None)}  # of the kernels
+WHICH = {  # by kind of row: which variant, and which of its kernels
+    "problem_row": (None, slice(None)),
+    "knob_row": (splitk.NAME, slice(0, 1)),
+    "combine_row": (splitk.NAME, slice(1, None)),
+    "gluon_row": (gluon.NAME, slice(0, 1)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +188,9 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcom
         futures = {}
         for item in request.session.items:
             params = item.callspec.params if hasattr(item, "callspec") else {}
-            for kind, which in WHICH.items():
+            for kind, (variant, which) in WHICH.items():
                 if (row := params.get(kind)) is not None:
-                    job = (row["target"], fields_of(row), knobs_of(row), which)
+                    job = (row["target"], fields_of(row), variant, knobs_of(row), which)
                     futures[item.nodeid] = pool.submit(covering.compile_problem, *job)
         yield futures
         pool.shutdown(cancel_futures=True)
@@ -175,20 +199,21 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcom
 def check_bounds(there: targets.Target, outcome: Outcome) -> None:
     """The numbers themselves, apart from the library's own check: nothing beyond the target."""
     assert outcome.kernels
-    for name, registers, spills, smem, threads in outcome.kernels:
-        assert 8 <= registers <= there.registers, name
-        assert smem <= there.smem_bytes, name
-        assert spills <= (0 if name.endswith("combine") else splitk._SPILL_BYTES), name
-        assert threads % there.triton[2] == 0, name
-        assert registers * threads <= there.registers_sm * (2 if there.runtime == "hip" else 1), name
+    for kernel in outcome.kernels:
+        assert 8 <= kernel.registers <= there.registers, kernel
+        assert kernel.smem_bytes <= there.smem_bytes, kernel
+        assert kernel.spill_bytes <= kernel.spill_limit <= 2048, kernel
+        assert kernel.threads % there.triton[2] == 0, kernel
+        assert kernel.registers * kernel.threads <= there.registers_sm * (2 if there.runtime == "hip" else 1), kernel
 
 
 def test_default_compiles_and_is_legal(
     problem_row: Row, outcomes: dict[str, Future[Outcome]], request: pytest.FixtureRequest
 ) -> None:
     outcome = outcomes[request.node.nodeid].result()
-    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.config}\n{outcome.message}"
-    assert len(outcome.kernels) == (1 if problem_row["splits"] == 1 else 2)
+    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.configs}\n{outcome.message}"
+    assert any(kernel.name == splitk.NAME for kernel in outcome.kernels)
+    assert any(kernel.name.endswith("combine") for kernel in outcome.kernels) == (problem_row["splits"] != 1)
     check_bounds(targets.by_name(problem_row["target"]), outcome)
 
 
@@ -196,17 +221,25 @@ def test_knobs_compile(knob_row: Row, outcomes: dict[str, Future[Outcome]], requ
     outcome = outcomes[request.node.nodeid].result()
     assert outcome.rejected == ""
     if outcome.error:
-        assert outcome.error == "IllegalArtifact", f"{outcome.config}\n{outcome.message}"
+        assert outcome.error == "IllegalArtifact", f"{outcome.configs}\n{outcome.message}"
         assert "bytes" in outcome.message, outcome.message  # shared memory or stack, by so many bytes
     else:
         check_bounds(targets.by_name(knob_row["target"]), outcome)
+
+
+def test_gluon_knobs_compile(
+    gluon_row: Row, outcomes: dict[str, Future[Outcome]], request: pytest.FixtureRequest
+) -> None:
+    outcome = outcomes[request.node.nodeid].result()
+    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.configs}\n{outcome.message}"
+    check_bounds(targets.by_name(gluon_row["target"]), outcome)
 
 
 def test_combine_knobs_compile(
     combine_row: Row, outcomes: dict[str, Future[Outcome]], request: pytest.FixtureRequest
 ) -> None:
     outcome = outcomes[request.node.nodeid].result()
-    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.config}\n{outcome.message}"
+    assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.configs}\n{outcome.message}"
     check_bounds(targets.by_name(combine_row["target"]), outcome)
 
 
@@ -218,12 +251,13 @@ def test_every_supported_cell_is_compiled() -> None:
     assert {(c.q_dtype, c.kv_dtype, c.target) for c in cells} <= compiled
 
 
-@pytest.mark.parametrize("which", ["problems", "knobs", "combine"])
+@pytest.mark.parametrize("which", ["problems", "knobs", "combine", "gluon"])
 def test_every_pair_occurs(which: str) -> None:
     rows, factors, allowed = {
         "problems": (PROBLEM_ROWS, PROBLEMS, allowed_problem),
         "knobs": (KNOB_ROWS, KNOBS, allowed_knobs),
         "combine": (COMBINE_ROWS, COMBINE, allowed_combine),
+        "gluon": (GLUON_ROWS, GLUON, allowed_problem),
     }[which]
     assert all(allowed(row) for row in rows)
     for a, b in itertools.combinations(factors, 2):

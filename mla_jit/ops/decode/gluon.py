@@ -1,6 +1,6 @@
-"""The row of `decode_splitk_gluon`: blocks of 64 rows on GPUs with bulk tensor copies and warpgroup matrix instructions.
+"""The row of `decode_splitk_gluon`: blocks of 64 rows where there are bulk tensor copies and warpgroup matrix products.
 
-The kernel is in gluon_splitk.py. Pieces, arguments, workspace and the combine are those of splitk.py. Imports no triton.
+The kernel is in gluon_splitk.py. Pieces, arguments, workspace and combine are those of splitk.py. Imports no triton.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _REGISTERS = 240  # of a consumer's thread; the kernel starts with 168 and its p
 _SPILL_BYTES = 64  # of scalars before the loop; none in it
 # Parameters of decode_splitk that this kernel does not take: it copies tiles only through tensor maps.
 _WITHOUT = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
-_CONSTANTS = ("G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BATCH_POW2", "PDL", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE")
+_CONSTANTS = (
+    "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BATCH_POW2", "PDL", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE",
+)  # fmt: skip
 
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
@@ -53,7 +55,8 @@ def default(p: DecodeProblem, target: Target) -> Config:
     like = splitk.default(p, target)
     config = Config.of(
         NAME, block_m=64, block_n=64, num_warps=8, lazy=True, min_tiles=1, num_kv_splits=1,
-        combine_s=like.int("combine_s"), combine_h=like.int("combine_h"), combine_d=like.int("combine_d"), pdl=target.has("pdl"),
+        combine_s=like.int("combine_s"), combine_h=like.int("combine_h"), combine_d=like.int("combine_d"),
+        pdl=target.has("pdl"),
     )  # fmt: skip
     return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
 
@@ -89,7 +92,9 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
         signature=tuple((parameter, kind) for parameter, kind, _ in _arguments(p, target, config)),
         options=tuple(options.items()),
         locator=f"{_MODULE}:{NAME}",
-        limits=Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma),
+        limits=Limits(
+            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma
+        ),
     )
     return (stage1, *rest)
 
@@ -101,17 +106,19 @@ def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, 
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """As for decode_splitk_triton; with many rows S is computed once here and twice there, with few it is padded to 64 rows."""
+    """As for decode_splitk_triton; with many rows S is computed once here and twice there, few are padded to 64."""
     found = splitk.cost(p, target, config)
     return dataclasses.replace(found, time_us=found.time_us * (0.75 if p.rows > 32 else 1.5))
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
     "block_m": (64,), "block_n": (64,), "num_warps": (8,), "lazy": (False, True), "min_tiles": (1, 2, 4),
-    "combine_s": (2, 4, 8, 16, 32, 64), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512), "pdl": (False, True),
+    "combine_s": (2, 4, 8, 16, 32, 64), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512),
+    "pdl": (False, True),
 }  # fmt: skip
 
 DECODE_SPLITK_GLUON = Variant(
     name=NAME, op="decode", backend="triton", rejects=rejects, default=default, sources=sources, launches=launches,
-    workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers, offsets=splitk.workspace_offsets, space=SPACE,
+    workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
+    space=SPACE,
 )  # fmt: skip

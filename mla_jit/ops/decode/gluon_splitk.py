@@ -1,22 +1,22 @@
 """Split-K MLA decode for Hopper in Gluon: stage 1 for blocks of 64 rows (`decode_splitk_gluon`). Imports triton only.
 
-A program owns 64 packed rows (query token × head) of one sequence and KV head, and one piece of its tokens. Pieces, partials
-and LSE are those of triton_splitk.py, whose `combine` follows. Inside a program three roles run at once:
+A program owns 64 packed rows (query token × head) of one sequence and KV head, and one piece of its tokens. Pieces,
+partials and LSE are those of triton_splitk.py, whose `combine` follows. In a program three roles run at once:
 
 * a producer warp copies tiles of 64 tokens, in boxes of 64 × 64 with a barrier each, into two buffers of [64, C + R];
 * consumers 0 and 1, a warpgroup each, hold columns [0, C/2) and [C/2, C) of O. Consumer b computes the whole S of tile
-  2j + b, its maxima and P. P goes over the rope box of the tile, which is no longer needed then, and the maxima to shared
-  memory; so each adds both tiles' P·V to its half:
+  2j + b, its maxima and P. P goes over the rope box of the tile, which is no longer needed then, and the maxima to
+  shared memory; so each adds both tiles' P·V to its half:
 
     consumer 0:  S0  m0 P0 ─publish─  O·a += P0·V0 ──────────── wait ──  O·a += P1·V1
     consumer 1:  S1 ──────── wait ──  O·a += P0·V0   m1 P1 ─publish─     O·a += P1·V1
 
-One's exponentials hide behind the other's matrix products, and S is computed once. Two limits of the machine are close: a
-pair of tiles takes 4352 cycles of the matrix unit and moves 568 KB through shared memory (4440 cycles).
+One's exponentials hide behind the other's matrix products, and S is computed once. Two limits of the machine are
+close: a pair of tiles takes 4352 cycles of the matrix unit and moves 568 KB through shared memory (4440 cycles).
 
-All tiles go through one loop; a tile that some row may not see whole is masked, and rows of V past the end are zeroed in
-shared memory, since unused slots may hold NaN. An odd last tile follows the loop. With LAZY, O is rescaled only where a
-maximum has grown by 2^8: 2 % faster, and the largest weight of a row is then rounded like the others.
+All tiles go through one loop; a tile that some row may not see whole is masked, and rows of V past the end are zeroed
+in shared memory, since unused slots may hold NaN. An odd last tile follows the loop. With LAZY, O is rescaled only
+where a maximum has grown by 2^8: 2 % faster, and the largest weight of a row is then rounded like the others.
 """
 
 from triton.experimental import gluon
@@ -112,7 +112,7 @@ def _row():
 
 @gluon.constexpr_function
 def _box(b, i, boxes):
-    """The i-th box of a tile in buffer b to be copied and multiplied: first the half that its owner needs as V, last the rope."""
+    """The box of a tile in buffer b that is i-th copied and multiplied: its owner's half of V first, the rope last."""
     return (b * boxes // 2 + i) % boxes if i < boxes else boxes
 
 
@@ -137,14 +137,18 @@ def _produce(kv_desc, kpe_desc, pages_ptr, first_tile, last_tile, kv_col, pe_col
                 bar = full[b * 9 + i]
                 mbarrier.expect(bar, 8192, pred=real)
                 if i < BOXES:
-                    tma.async_copy_global_to_shared(kv_desc, [row, kv_col + c * 64], bar, k_smem.index(b * (BOXES + 1) + c), pred=real)
+                    tma.async_copy_global_to_shared(
+                        kv_desc, [row, kv_col + c * 64], bar, k_smem.index(b * (BOXES + 1) + c), pred=real
+                    )
                 else:
-                    tma.async_copy_global_to_shared(kpe_desc, [row, pe_col], bar, k_smem.index(b * (BOXES + 1) + c), pred=real)
+                    tma.async_copy_global_to_shared(
+                        kpe_desc, [row, pe_col], bar, k_smem.index(b * (BOXES + 1) + c), pred=real
+                    )
 
 
 @gluon.jit
 def _store(o, smem, ptr, q_first, stride_t, stride_h, row_block, kvh, q_len, G: gl.constexpr):
-    """Writes a [64, n] tile to its rows of a [token, head, …] buffer, by way of shared memory so that a warp writes whole lines."""
+    """Writes a [64, n] tile to its rows of a [token, head, …] buffer, by way of shared memory, whole lines a warp."""
     WIDTH: gl.constexpr = o.shape[1]
     BITS: gl.constexpr = o.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 128 // BITS], [1, 32], [4, 1], [1, 0])
@@ -153,12 +157,16 @@ def _store(o, smem, ptr, q_first, stride_t, stride_h, row_block, kvh, q_len, G: 
     rows = row_block * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
     at = (q_first + rows // G).to(gl.int64) * stride_t + (kvh * G + rows % G) * stride_h
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    gl.store(ptr + (gl.expand_dims(at, 1) + gl.expand_dims(columns, 0)), tile.load(LAYOUT), mask=gl.expand_dims(rows < q_len * G, 1))
+    gl.store(
+        ptr + (gl.expand_dims(at, 1) + gl.expand_dims(columns, 0)),
+        tile.load(LAYOUT),
+        mask=gl.expand_dims(rows < q_len * G, 1),
+    )
 
 
 @gluon.jit
 def _grown(row, old, LAZY: gl.constexpr):
-    """(whether any of the 64 maxima that a consumer published is a new one, all of them); every warp holds all: no barrier."""
+    """(whether any of the 64 maxima that a consumer published is new, all of them); every warp holds all."""
     if LAZY:
         new = row.load(old.type.layout)
         return gl.max((new != old).to(gl.int32), 0) != 0, new
@@ -178,15 +186,18 @@ def _rescale(acc, l, m, m_new, grown, LAZY: gl.constexpr):
 
 
 @gluon.jit
-def _scores(b: gl.constexpr, phase, n0, z, q_smem, k_smem, full, kv_end, clear_end, row_end, qk_scale, logit_cap,
-            BOXES: gl.constexpr, STAGE: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr, CAP: gl.constexpr):  # fmt: skip
+def _scores(b: gl.constexpr, phase, n0, z, q_smem, k_smem, full, kv_end, clear_end, row_end, qk_scale,
+            logit_cap, BOXES: gl.constexpr, STAGE: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr,
+            CAP: gl.constexpr):  # fmt: skip
     """S of the tile in buffer b, each box multiplied as it arrives; masked, and the tile made fit to serve as V."""
     LOG2E: gl.constexpr = 1.4426950408889634
     s = gl.zeros([64, 64], gl.float32, LAYOUT)
     for i in gl.static_range(STAGE):
         c = _box(b, i, BOXES)
         mbarrier.wait(full[b * 9 + i], phase)
-        s = warpgroup_mma(q_smem.index(z + c), k_smem.index(z + b * (BOXES + 1) + c).permute((1, 0)), s, use_acc=i > 0, is_async=True)
+        s = warpgroup_mma(
+            q_smem.index(z + c), k_smem.index(z + b * (BOXES + 1) + c).permute((1, 0)), s, use_acc=i > 0, is_async=True
+        )
     s = warpgroup_mma_wait(0, deps=(s,))
     if CAP:
         # cap·tanh(x/cap), as 2·sigmoid(2x) - 1
@@ -231,12 +242,14 @@ def _release(bar):
 
 @gluon.jit
 def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-             q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+             q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t,
+             lse_stride_h,
              row_block, kvh, q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row,
              cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
              q_smem, k_smem, m_smem, full, empty, ready, sync,
              G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, MASKED: gl.constexpr,
-             CAP: gl.constexpr, CP: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr, LAZY: gl.constexpr):  # fmt: skip
+             CAP: gl.constexpr, CP: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
+             LAZY: gl.constexpr):  # fmt: skip
     LOG2E: gl.constexpr = 1.4426950408889634
     b: gl.constexpr = HALF_ID
     o: gl.constexpr = 1 - b
@@ -262,10 +275,10 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
     q_at = gl.expand_dims(q_tok * q_stride_t + q_head * q_stride_h, 1) + gl.expand_dims(cols, 0)
     q = ()
     for i in gl.static_range(HALF):
-        q = q + (gl.load(q_ptr + q_at + (b * HALF + i) * 64, mask=q_ok, other=0.0),)
+        q = q + (gl.load(q_ptr + q_at + (b * HALF + i) * 64, mask=q_ok, other=0.0),)  # noqa: RUF005
     if R > 0 and b == 0:
         pe_at = gl.expand_dims(q_tok * q_pe_stride_t + q_head * q_pe_stride_h, 1) + gl.expand_dims(cols, 0)
-        q = q + (gl.load(q_pe_ptr + pe_at, mask=q_ok, other=0.0),)
+        q = q + (gl.load(q_pe_ptr + pe_at, mask=q_ok, other=0.0),)  # noqa: RUF005
     for i in gl.static_range(HALF):
         q_smem.index(b * HALF + i).store(q[i])
     if R > 0 and b == 0:
@@ -338,8 +351,8 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
         phase = pairs & 1
         v_last = k_smem.index(b * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
         if b == 0:
-            s = _scores(0, phase, (first_tile + 2 * pairs) * 64, 0, q_smem, k_smem, full, kv_end, clear_end, row_end, qk_scale,
-                        logit_cap, BOXES, STAGE, S_LAYOUT, ROWS, CAP)  # fmt: skip
+            s = _scores(0, phase, (first_tile + 2 * pairs) * 64, 0, q_smem, k_smem, full, kv_end, clear_end, row_end,
+                        qk_scale, logit_cap, BOXES, STAGE, S_LAYOUT, ROWS, CAP)  # fmt: skip
             p, alpha, m, l = _weights(s, scale, m, l, k_smem.index(BOXES), m_smem[0], ready[0], LAZY)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROW, assert_trivial=True), 1)
         else:
@@ -374,7 +387,9 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
         _store(acc.to(out_ptr.dtype.element_ty), stage, out_ptr + b * WIDTH, q_first, out_stride_t, out_stride_h,
                row_block, kvh, q_len, G)  # fmt: skip
         if HAS_LSE and b == 0:
-            gl.store(lse_ptr + (q_first + tok).to(gl.int64) * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok)
+            gl.store(
+                lse_ptr + (q_first + tok).to(gl.int64) * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok
+            )
     else:
         _store(acc, stage, part_ptr + piece_row * C + b * WIDTH, 0, G * NUM_KV_HEADS * C, C, row_block, kvh, q_len, G)
         if b == 0:
@@ -390,9 +405,9 @@ def decode_splitk_gluon(
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
     batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
     lse_mul,
-    G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, MULTI: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr,
-    BATCH_POW2: gl.constexpr, LAZY: gl.constexpr, PDL: gl.constexpr, CAUSAL: gl.constexpr, CAP: gl.constexpr,
-    CP: gl.constexpr, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
+    G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, MULTI: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    PAGE: gl.constexpr, BATCH_POW2: gl.constexpr, LAZY: gl.constexpr, PDL: gl.constexpr, CAUSAL: gl.constexpr,
+    CAP: gl.constexpr, CP: gl.constexpr, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     row_blocks = gl.cdiv(max_q_len * G, 64)
     pid = gl.program_id(0)
@@ -454,8 +469,9 @@ def decode_splitk_gluon(
     k_smem = gl.allocate_shared_memory(kv_desc.dtype, [2 * STAGE, 64, 64], kv_desc.layout)
     m_smem = (_row(), _row(), _row(), _row())  # maxima of consumers 0 and 1, then their sums
     full = (
-        _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1),
-        _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1),
+        _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1),
+        _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1),
+        _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1),
     )  # fmt: skip
     empty = (_mbarrier(1), _mbarrier(1), _mbarrier(1), _mbarrier(1))  # (buffer, half of V)
     ready = (_mbarrier(1), _mbarrier(1))
@@ -466,16 +482,17 @@ def decode_splitk_gluon(
     gl.warp_specialize(
         [
             (_consume, (0, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h,
-                        q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block, kvh,
-                        q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row, cp_rank, cp_world,
-                        qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty, ready, sync,
-                        G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
+                        q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block,
+                        kvh, q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row,
+                        cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty,
+                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
             (_consume, (1, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h,
-                        q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block, kvh,
-                        q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row, cp_rank, cp_world,
-                        qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty, ready, sync,
-                        G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
-            (_produce, (kv_desc, kpe_desc, pages_ptr, first_tile, last_tile, kv_col, pe_col, k_smem, full, empty, C, R, PAGE)),
+                        q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block,
+                        kvh, q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row,
+                        cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty,
+                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
+            (_produce, (kv_desc, kpe_desc, pages_ptr, first_tile, last_tile, kv_col, pe_col, k_smem, full, empty,
+                        C, R, PAGE)),
         ],
         [4, 1],
         [REGISTERS, 24],
