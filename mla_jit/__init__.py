@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api", "last_dispatch": "api",
+    "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
+    "last_dispatch": "api",
     "reload": "api", "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "Problem": "problem",
     "Config": "config", "Settings": "settings", "configure": "settings", "errors": "", "compat": "",
 }  # fmt: skip

@@ -20,7 +20,8 @@ from mla_jit.problem import DecodeProblem, Problem
 from mla_jit.target import Target
 
 _OPERANDS = (
-    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse",
+    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
+    "out", "lse",
     "workspace",
 )  # fmt: skip
 _OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
@@ -92,7 +93,7 @@ def decode(
         workspace: uint8 on the device, at least `decode_plan(...).workspace_bytes`; else one is kept a stream.
         out, lse: where to write [..., H, C] and fp32 [..., H]; allocated if absent.
         out_dtype: of an allocated `out`; q's, or bf16 for fp8 q.
-        return_lse: also return log Σ exp(logit), fp32 [..., H], -inf for a row with nothing to attend (its output is 0).
+        return_lse: also return log Σ exp(logit), fp32 [..., H]; -inf for a row with nothing to attend (output 0).
         lse_base: "e" or "2".
         num_kv_splits: split slots a sequence; the tuner's choice if absent.
         batch_invariant: cut sequences independently of the batch, so that a result is bit-equal alone or in a batch.
@@ -110,9 +111,12 @@ def decode(
         return torch_ops.traced_decode(  # spelled out: dynamo does not trace locals() in every version
             q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, block_table=block_table, seq_lens=seq_lens,
             kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
-            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap, sinks=sinks,
-            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, metadata=metadata, workspace=workspace,
-            out=out, lse=lse, out_dtype=out_dtype, return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits,
+            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap,
+            sinks=sinks,
+            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, metadata=metadata,
+            workspace=workspace,
+            out=out, lse=lse, out_dtype=out_dtype, return_lse=return_lse, lse_base=lse_base,
+            num_kv_splits=num_kv_splits,
             batch_invariant=batch_invariant,
         )  # fmt: skip
     # The key holds all that the binding below depends on: shapes, strides, dtypes, devices, alignment, flags.
@@ -125,21 +129,27 @@ def decode(
         rare: Any = None
         if not (kv_indices is kv_indptr is qo_indptr is sinks is q_scale is kv_scale is kv_last_page_lens is None):
             rare = (
-                _tensor_key(kv_indptr), kv_indices is not None and (kv_indices.dtype, kv_indices.get_device(), kv_indices.stride()),
-                _tensor_key(kv_last_page_lens), _tensor_key(qo_indptr), _tensor_key(sinks), _scale_key(q_scale), _scale_key(kv_scale),
+                _tensor_key(kv_indptr), kv_indices is not None and (kv_indices.dtype, kv_indices.get_device(),
+                kv_indices.stride()),
+                _tensor_key(kv_last_page_lens), _tensor_key(qo_indptr), _tensor_key(sinks), _scale_key(q_scale),
+                _scale_key(kv_scale),
             )  # fmt: skip
         key = (
             q0.shape, q0.stride(), q0.dtype, q0.get_device(), kv0.shape, kv0.stride(), kv0.dtype, kv0.get_device(),
             (q0.data_ptr() | q1.data_ptr()) & 15, kv0.data_ptr() & 15, parts, rare,
-            None if block_table is None else (block_table.shape, block_table.stride(), block_table.dtype, block_table.get_device()),
+            None if block_table is None else (block_table.shape, block_table.stride(), block_table.dtype,
+            block_table.get_device()),
             None if seq_lens is None else (seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.get_device()),
             None if max_kv_len is None else (max_kv_len > 0, (max_kv_len - 1).bit_length()),
             None if total_kv is None else (total_kv - 1).bit_length(), None if out is None else _out_key(out),
-            None if lse is None else _out_key(lse), kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank, cp_world,
+            None if lse is None else _out_key(lse), kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank,
+            cp_world,
             out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, metadata,
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
-        raise InvalidInput(f"q, kv_cache and the index arguments must be tensors, or pairs of tensors: {error}") from error
+        raise InvalidInput(
+            f"q, kv_cache and the index arguments must be tensors, or pairs of tensors: {error}"
+        ) from error
     call = _calls.get(key)
     if call is None:
         if metadata is not None:
@@ -147,8 +157,10 @@ def decode(
         call = _resolve(key, decode_inputs(
             q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, block_table=block_table, seq_lens=seq_lens,
             kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
-            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap, sinks=sinks,
-            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, out=out, lse=lse, out_dtype=out_dtype,
+            max_q_len=max_q_len, max_kv_len=max_kv_len, total_kv=total_kv, causal=causal, logit_cap=logit_cap,
+            sinks=sinks,
+            q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, out=out, lse=lse,
+            out_dtype=out_dtype,
             return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
         ))  # fmt: skip
     if out is None:
@@ -165,10 +177,12 @@ def decode(
     else:  # with one split the kernel takes the pointer and does not use it
         workspace = _workspace(call, stream) if call.workspace_bytes else out
     operands = (
-        q0, q1, kv0, kv1, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr, kv_last_page_lens, qo_indptr, sinks,
+        q0, q1, kv0, kv1, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr, kv_last_page_lens,
+        qo_indptr, sinks,
         q_scale, kv_scale, out, lse, workspace,
     )  # fmt: skip
-    call.bound.run([operands[i].data_ptr() + offset for i, offset in call.spec], call.floats, stream)  # type: ignore[union-attr]
+    pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]  # type: ignore[union-attr]
+    call.bound.run(pointers, call.floats, stream)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
@@ -202,7 +216,8 @@ def _resolve(key: tuple[Any, ...], inputs: DecodeInputs) -> _Call:
         floats = tuple(inputs.floats[name] for name in bound.float_names)
     on_gpu = device.type == "cuda"
     call = _Call(
-        bound, spec, floats, inputs.out_shape, _contiguous(inputs.out_shape), _contiguous(inputs.out_shape[:-1]), out_dtype,
+        bound, spec, floats, inputs.out_shape, _contiguous(inputs.out_shape), _contiguous(inputs.out_shape[:-1]),
+        out_dtype,
         problem.lse, 0 if empty else executable.workspace_bytes, index, _allocator(device),
         torch._C._cuda_getCurrentRawStream if on_gpu else lambda _: 0,
         torch._C._cuda_isCurrentStreamCapturing if on_gpu else lambda: False, executable.dispatch, executable,
@@ -231,7 +246,9 @@ def _on_host(call: _Call, arguments: dict[str, Any]) -> Any:
     host = call.executable.variant.host
     if host is not None and out.numel():
         names = decode_inputs.__kwdefaults__ or {}
-        keywords = {name: arguments[name] for name in ("kv_lora_rank", "sm_scale", *names) if name not in ("out", "lse")}
+        keywords = {
+            name: arguments[name] for name in ("kv_lora_rank", "sm_scale", *names) if name not in ("out", "lse")
+        }
         inputs = decode_inputs(arguments["q"], arguments["kv_cache"], **keywords, out=out, lse=lse)
         host(call.executable.problem, call.executable.config, inputs)
     return (out, lse) if arguments["return_lse"] else out
@@ -239,9 +256,14 @@ def _on_host(call: _Call, arguments: dict[str, Any]) -> Any:
 
 def _check_workspace(workspace: Tensor, call: _Call, q: Tensor) -> None:
     size = workspace.numel() * workspace.element_size()
-    if size < call.workspace_bytes or workspace.device != q.device or workspace.data_ptr() % 16 or not workspace.is_contiguous():
+    if (
+        size < call.workspace_bytes
+        or workspace.device != q.device
+        or workspace.data_ptr() % 16
+        or not workspace.is_contiguous()
+    ):
         raise InvalidInput(
-            f"workspace has {size} bytes on {workspace.device}; this call needs {call.workspace_bytes} contiguous bytes, "
+            f"workspace has {size} bytes on {workspace.device}; this call needs {call.workspace_bytes} contiguous, "
             f"16-byte aligned, on {q.device} (decode_plan(...).workspace_bytes)"
         )
 
@@ -261,7 +283,7 @@ def _workspace(call: _Call, stream: int) -> Tensor:
 
 @contextlib.contextmanager
 def keeping_nothing() -> Iterator[None]:
-    """Within it a new workspace lives for its call only: torch.compile's graph trees own the memory pool of their warm-up."""
+    """Within it a new workspace lives for its call only: torch.compile's graph trees own the warm-up's pool."""
     _passing.on = True
     try:
         yield
@@ -287,7 +309,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 class DecodePlan:
     """A decode call validated once and run many times: once a step for 61 layers, with other q, cache and outputs.
 
-    `workspace_bytes` is what `run(workspace=…)` needs; `dispatch` says what serves it. The index tensors are those given
+    `workspace_bytes` is what `run(workspace=…)` needs; `dispatch` says what serves it. Index tensors are those given
     to `decode_plan`, read at each run.
     """
 
@@ -300,10 +322,20 @@ class DecodePlan:
         self.workspace_bytes = self._call.workspace_bytes
         self._expect = (_operand_keys(q), _operand_keys(kv_cache))
 
-    def run(self, q: Any, kv_cache: Any, out: Tensor | None = None, lse: Tensor | None = None, *, workspace: Tensor | None = None) -> Any:
+    def run(
+        self,
+        q: Any,
+        kv_cache: Any,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        *,
+        workspace: Tensor | None = None,
+    ) -> Any:
         """Runs on tensors of the planned shapes, strides and alignment. Returns as `decode` does."""
         if (_operand_keys(q), _operand_keys(kv_cache)) != self._expect:
-            raise InvalidInput("q or kv_cache differ from the plan's in shape, stride, dtype or alignment; make another plan")
+            raise InvalidInput(
+                "q or kv_cache differ from the plan's in shape, stride, dtype or alignment; make another plan"
+            )
         given = {name: value for name, value in (("out", out), ("lse", lse)) if value is not None}
         return decode(q, kv_cache, **{**self._arguments, **given}, workspace=workspace)
 
@@ -324,7 +356,13 @@ def warmup(problems: Iterable[Problem], device: int | torch.device | None = None
     device: a GPU's index; the current one if absent. On a machine without a GPU the cpu target is resolved.
     """
     if torch.cuda.is_available():
-        index = torch.cuda.current_device() if device is None else torch.device("cuda", device).index if isinstance(device, int) else device.index
+        index = (
+            torch.cuda.current_device()
+            if device is None
+            else torch.device("cuda", device).index
+            if isinstance(device, int)
+            else device.index
+        )
         where = target.of_device("cuda", index or 0)
     else:
         index, where = 0, target.here()
@@ -348,7 +386,7 @@ def supports(problem: Problem | None = None, *, on: str | Target | None = None, 
 
 
 def last_dispatch() -> Dispatch | None:
-    """What served the last call of this process: variant, config and its provenance, kernels, keys, rejected variants."""
+    """What served the last call of this process: variant, config and whence, kernels, keys, rejected variants."""
     return _last
 
 
@@ -356,5 +394,3 @@ def reload() -> None:
     """Forgets all resolved choices: the next calls resolve again. Compiled kernels stay in the cache."""
     plan.forget()
     _calls.clear()
-
-

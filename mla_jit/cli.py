@@ -495,7 +495,9 @@ def _doctor(as_json: bool) -> int:
 @click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
 @_verb
 def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, as_json: bool) -> int:
-    """Time `decode` on the GPU on the shapes where peers were measured: µs a call in CUDA graphs, KV rotated past the L2.
+    """Time `decode` on the GPU on the shapes where peers were measured.
+
+    Microseconds a call in CUDA graphs, with the KV rotated past the L2.
 
     score = best peer ÷ ours, of the recorded figures and of those timed in this run. Exit code 1 without a GPU.
     """
@@ -512,7 +514,8 @@ def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, 
     if not as_json:
         click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {runs} runs, {grid} grid")
         click.echo(
-            f"{'shape':28} {'ours us':>9} {'low':>8} {'high':>8} {'best peer':>9} {'score':>6} {'roof':>7}  error    timed now"
+            f"{'shape':28} {'ours us':>9} {'low':>8} {'high':>8} {'best peer':>9} {'score':>6} {'roof':>7}"
+            "  error    timed now"
         )
     for row in bench.peers_rows(api.decode, against, runs=runs, hinted=capacity_hint):
         rows.append(row)

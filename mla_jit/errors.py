@@ -1,14 +1,14 @@
 """The tree of errors that mla_jit raises. Every message says the cause and the remedy.
 
-    MlaJitError
-    ├── InvalidInput        (also ValueError)    a tensor, shape, dtype, stride or flag that no kernel could serve
-    ├── NoVariant           (also LookupError)   valid, but no variant of any backend accepts it on this target
-    ├── UnknownTarget       (also LookupError)   a device or target name that configs/targets.yaml has no row for
-    ├── CompileError        (also RuntimeError)  the compiler or assembler refused, aborted or timed out
-    │   └── IllegalArtifact                      it compiled, but the result cannot run on the target
-    ├── CacheMiss           (also RuntimeError)  strict mode, or under graph capture: not compiled ahead
-    ├── LaunchError         (also RuntimeError)  the driver refused to load or to launch
-    └── SettingsError       (also ValueError)    a setting or environment variable that cannot be understood
+MlaJitError
+├── InvalidInput        (also ValueError)    a tensor, shape, dtype, stride or flag that no kernel could serve
+├── NoVariant           (also LookupError)   valid, but no variant of any backend accepts it on this target
+├── UnknownTarget       (also LookupError)   a device or target name that configs/targets.yaml has no row for
+├── CompileError        (also RuntimeError)  the compiler or assembler refused, aborted or timed out
+│   └── IllegalArtifact                      it compiled, but the result cannot run on the target
+├── CacheMiss           (also RuntimeError)  strict mode, or under graph capture: not compiled ahead
+├── LaunchError         (also RuntimeError)  the driver refused to load or to launch
+└── SettingsError       (also ValueError)    a setting or environment variable that cannot be understood
 """
 
 from __future__ import annotations

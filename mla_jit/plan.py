@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mla_jit import launch, ops
 from mla_jit.compile import cache
@@ -108,7 +107,9 @@ def supports(problem: Problem, target: Target) -> Support:
 class Executable:
     """A problem with its compiled kernels. `bind` loads them on a device and packs what a call signature fixes."""
 
-    def __init__(self, problem: Problem, target: Target, choice: Choice, artifacts: Sequence[Artifact], dispatch: Dispatch):
+    def __init__(
+        self, problem: Problem, target: Target, choice: Choice, artifacts: Sequence[Artifact], dispatch: Dispatch
+    ):
         self.problem, self.target, self.dispatch = problem, target, dispatch
         self.variant, self.config = choice.variant, choice.config
         self.artifacts = tuple(artifacts)
@@ -160,7 +161,8 @@ def make(problem: Problem, target: Target, choice: Choice, *, forbid_compile: st
         origins.append(origin)
         compile_s += artifact.compile_seconds if origin == "compiled" else 0.0
     dispatch = Dispatch(
-        problem=problem, target=target.name, variant=choice.variant.name, backend=choice.variant.backend, config=choice.config,
+        problem=problem, target=target.name, variant=choice.variant.name, backend=choice.variant.backend,
+        config=choice.config,
         provenance=choice.provenance, rejected=choice.rejected, kernels=tuple(artifacts), origins=tuple(origins),
         workspace_bytes=choice.variant.workspace_bytes(problem, target, choice.config), compile_s=compile_s,
         resolve_s=time.perf_counter() - started,

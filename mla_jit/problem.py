@@ -8,7 +8,6 @@ torch is not imported here; tensors are asked for their attributes only.
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk cop
 
 
 def bucket(n: int) -> int:
-    """The least power of two that is not less than n (0 stays 0): the granularity of sizes that change from call to call."""
+    """The least power of two not less than n (0 stays 0): the granularity of sizes that change from call to call."""
     return 1 << (n - 1).bit_length() if n > 1 else n
 
 
@@ -106,7 +105,7 @@ class DecodeProblem(Problem):
         )
         _check(
             not (self.sinks and self.context_parallel),
-            "sinks with cp_world > 1 would be counted once a rank; merge the ranks' partial outputs first, then add them",
+            "sinks with cp_world > 1 would be counted once a rank; merge the ranks' partial outputs, then add them",
         )
 
     @property

@@ -17,7 +17,18 @@ from mla_jit.errors import SettingsError
 
 MODES = ("serve", "strict")
 # Environment variables of the compilers that say where things are or what is printed, and change no code.
-_NEUTRAL = ("CACHE", "HOME", "DUMP", "PRINT", "INTERPRET", "REDIS", "LIBCUDA", "LIBHIP", "STORE_BINARY", "ALWAYS_COMPILE")
+_NEUTRAL = (
+    "CACHE",
+    "HOME",
+    "DUMP",
+    "PRINT",
+    "INTERPRET",
+    "REDIS",
+    "LIBCUDA",
+    "LIBHIP",
+    "STORE_BINARY",
+    "ALWAYS_COMPILE",
+)
 
 
 @dataclass(frozen=True)

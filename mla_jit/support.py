@@ -130,7 +130,7 @@ def _cell(op: str, q: str, kv: str, backend: str, there: Target) -> Cell:
 
 
 def _choices(op: str, q: str, kv: str, backend: str, there: Target) -> list[tuple[DecodeProblem, Variant, Config]]:
-    """For each of the cell's problems the backend's variant that a call would take. NoVariant, with the last's reason."""
+    """For each of the cell's problems the backend's variant that a call would take. NoVariant, with the reason."""
     found = []
     for problem in problems(op, q, kv):
         best: tuple[float, Variant, Config] | None = None

@@ -12,6 +12,7 @@ from mla_jit.errors import UnknownTarget
 
 SHOWCASE = ("sm_90", "gfx942", "gfx950")  # what `mla-tune quickstart` cross-compiles for
 
+
 @dataclass(frozen=True)
 class Target:
     """An architecture, or one device of it. Sizes in bytes, bandwidth in GB/s, rates in dense TFLOP/s."""
@@ -57,7 +58,9 @@ def by_name(name: str) -> Target:
     for row in targets().values():
         if name in (row.name, row.isa):
             return row
-    raise UnknownTarget(f"no target {name!r}; configs/targets.yaml has {', '.join(targets())}. A new architecture is a new row")
+    raise UnknownTarget(
+        f"no target {name!r}; configs/targets.yaml has {', '.join(targets())}. A new architecture is a new row"
+    )
 
 
 def of_device(device_type: str, index: int = 0) -> Target:

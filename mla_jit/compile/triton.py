@@ -1,7 +1,7 @@
 """The Triton toolchain: a kernel's text closed over what it calls, and that text compiled to a cubin or an hsaco.
 
-`closure` and `version` need no Triton: a process that finds all its binaries in the cache never imports it. Triton's own
-disk cache, launcher and autotuner are not used; `compile_source` runs its pipeline in a private directory.
+`closure` and `version` need no Triton: a process that finds all its binaries in the cache never imports it. Triton's
+own disk cache, launcher and autotuner are not used; `compile_source` runs its pipeline in a private directory.
 """
 
 from __future__ import annotations
@@ -53,19 +53,20 @@ def version() -> str:
     """What identifies the toolchain in a key, e.g. "triton 3.7.1". CompileError when there is none or it is too old."""
     if (name := distribution()) is None:
         raise CompileError(
-            "Triton is not installed. GPU builds of torch bring their own; otherwise install the extra `triton` of mla_jit"
+            "Triton is not installed. GPU builds of torch bring their own; else install mla_jit's extra `triton`"
         )
     found = importlib.metadata.version(name)
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < tuple(map(int, FLOOR.split("."))):
-        raise CompileError(f"{name} {found} is too old: mla_jit needs Triton {FLOOR}; use a torch that comes with a newer one")
+        raise CompileError(
+            f"{name} {found} is too old: mla_jit needs Triton {FLOOR}; use a torch that comes with a newer one"
+        )
     return f"triton {found}"
 
 
 @functools.cache
-def closure(path: str, function: str) -> str:
-    """The text of a module-level function with all module-level names it reaches, in file order; no line numbers."""
+def _definitions(path: str) -> tuple[list[str], dict[str, ast.stmt]]:
+    """The lines of a Python file and its module-level names with the statements that define them; parsed once."""
     text = Path(path).read_text(encoding="utf-8")
-    lines = text.splitlines()
     definitions: dict[str, ast.stmt] = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef):
@@ -75,6 +76,13 @@ def closure(path: str, function: str) -> str:
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             definitions.update({t.id: node for t in targets if isinstance(t, ast.Name)})
+    return text.splitlines(), definitions
+
+
+@functools.cache
+def closure(path: str, function: str) -> str:
+    """The text of a module-level function with all module-level names it reaches, in file order; no line numbers."""
+    lines, definitions = _definitions(path)
     reached: set[str] = set()
     todo = [function]
     while todo:
@@ -131,7 +139,11 @@ def compile_source(source: Source) -> Artifact:
             "scratch_args": 2,
             "tma": _tensor_maps(source, metadata),
         },
-        provenance={"toolchain": source.toolchain_version, "constants": dict(source.constants), "options": dict(source.options)},
+        provenance={
+            "toolchain": source.toolchain_version,
+            "constants": dict(source.constants),
+            "options": dict(source.options),
+        },
         compile_seconds=round(time.perf_counter() - started, 3),
     )
     check_legal(source, artifact, assembly)
@@ -162,11 +174,19 @@ def _run_pipeline(source: Source) -> Any:
     gluon = bool(fn.is_gluon())
     kinds = {n: _argument(kind, gluon) for n, kind in source.signature}
     if missing := [n for n in names if n not in constants and n not in kinds]:
-        raise CompileError(f"{source.locator} has parameters that the variant does not fill: {', '.join(missing)}", key=source.key)
+        raise CompileError(
+            f"{source.locator} has parameters that the variant does not fill: {', '.join(missing)}", key=source.key
+        )
     signature = {n: "constexpr" if n in constants else kinds[n][0] for n in names}
     attributes = {(names.index(n),): attrs for n, (_, attrs) in kinds.items() if attrs}
-    unit = (GluonASTSource if gluon else ASTSource)(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
-    with tempfile.TemporaryDirectory(prefix="mla_jit-") as directory, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+    unit = (GluonASTSource if gluon else ASTSource)(
+        fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="mla_jit-") as directory,
+        triton.knobs.cache.scope(),
+        triton.knobs.compilation.scope(),
+    ):
         triton.knobs.cache.dir = directory
         triton.knobs.compilation.disable_line_info = True
         triton.knobs.compilation.always_compile = True
@@ -175,8 +195,8 @@ def _run_pipeline(source: Source) -> Any:
         except Exception as error:  # Triton raises what its passes raise: RuntimeError, MLIR errors, subprocess errors
             said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             raise CompileError(
-                f"{source.name} does not compile for {source.isa}: {said[-1]} (key {source.key[:16]}). Another config may: "
-                "see `mla-tune explain`; the full message is in the error's .log",
+                f"{source.name} does not compile for {source.isa}: {said[-1]} (key {source.key[:16]}). Another config "
+                "may: see `mla-tune explain`; the full message is in the error's .log",
                 key=source.key,
                 log=str(error),
             ) from error
@@ -192,7 +212,9 @@ def _nvidia_resources(cubin: bytes, source: Source) -> tuple[int, int]:
         tool = triton.knobs.nvidia.cuobjdump.path
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
     if (found := re.search(r"REG:(\d+) STACK:(\d+)", text)) is None:
-        raise CompileError(f"cuobjdump could not read the resources of {source.name}: {text.strip()[:200]}", key=source.key)
+        raise CompileError(
+            f"cuobjdump could not read the resources of {source.name}: {text.strip()[:200]}", key=source.key
+        )
     return int(found[1]), int(found[2])
 
 

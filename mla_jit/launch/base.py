@@ -10,7 +10,7 @@ import ctypes
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from mla_jit.compile.artifact import Artifact
 
@@ -34,7 +34,7 @@ class Arg:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of an op's sequence: which source, which grid, which arguments. `pdl`: may start before the one before ends."""
+    """One kernel of an op's sequence: which source, grid, arguments. `pdl`: may start before the one before it ends."""
 
     kernel: int  # index into the variant's sources
     grid: tuple[int, int, int]
@@ -45,7 +45,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class TensorView:
-    """What a tensor map needs of a buffer: 2-D [rows, columns] in elements, with the row stride in elements and in bytes."""
+    """What a tensor map needs of a buffer: [rows, columns] in elements; the row stride in elements and in bytes."""
 
     rows: int
     columns: int
@@ -81,17 +81,19 @@ class Runtime(Protocol):
 
     def load(self, artifact: Artifact, device: int) -> Any: ...
 
-    def bind(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int) -> Bound: ...
+    def bind(
+        self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
+    ) -> Bound: ...
 
 
 class Packed:
-    """Arguments of a sequence of launches in one block of memory: per-call pointers and floats first, then the fixed ones.
+    """Arguments of a sequence of launches in one block of memory: pointers and floats of the call, then the fixed ones.
 
     Each launch has an array of addresses into the block, the form that cuLaunchKernel and hipModuleLaunchKernel take.
     A tensor map is an address of its own, set by `point`.
     """
 
-    _FORMATS = {"i32": "i", "i64": "q"}
+    _FORMATS: ClassVar[dict[str, str]] = {"i32": "i", "i64": "q"}
 
     def __init__(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding):
         every = [a for launch in launches for a in launch.args]

@@ -35,7 +35,14 @@ def _check(result: tuple[Any, ...], what: str) -> Any:
 class CudaBound:
     """See launch.base.Bound. Thread-safe: the argument block is written and launched under a lock."""
 
-    def __init__(self, runtime: CudaRuntime, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int):
+    def __init__(
+        self,
+        runtime: CudaRuntime,
+        artifacts: Sequence[Artifact],
+        launches: Sequence[Launch],
+        binding: Binding,
+        device: int,
+    ):
         import torch
         from cuda.bindings import driver
 
@@ -81,7 +88,8 @@ class CudaBound:
             import torch
 
             with torch.cuda.device(self._device):
-                return self.run(pointers, floats, stream)
+                self.run(pointers, floats, stream)
+            return
         with self._lock:
             self._pack(self._block, 0, *pointers, *floats)
             if self._maps and self._mapped != (mapped := [pointers[i] for i in self._map_operands]):
@@ -126,7 +134,8 @@ def encode_map(pointer: int, view: Any, box: dict[str, Any]) -> Any:
     shape = [driver.cuuint32_t(n) for n in reversed(box["block_size"])]
     return _check(
         driver.cuTensorMapEncodeTiled(
-            element, 2, pointer, [columns, rows], [driver.cuuint64_t(view.row_bytes)], shape, [driver.cuuint32_t(1)] * 2,
+            element, 2, pointer, [columns, rows], [driver.cuuint64_t(view.row_bytes)], shape,
+            [driver.cuuint32_t(1)] * 2,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
@@ -162,11 +171,18 @@ class CudaRuntime:
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # torch creates the primary context
             module = _check(driver.cuModuleLoadData(artifact.binary), f"load of {artifact.name} ({artifact.isa})")
-            function = _check(driver.cuModuleGetFunction(module, artifact.entry.encode()), f"lookup of {artifact.entry}")
+            function = _check(
+                driver.cuModuleGetFunction(module, artifact.entry.encode()), f"lookup of {artifact.entry}"
+            )
             if artifact.smem_bytes > _DYNAMIC_SMEM:
                 attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                _check(driver.cuFuncSetAttribute(function, attribute, artifact.smem_bytes), f"shared memory of {artifact.name}")
+                _check(
+                    driver.cuFuncSetAttribute(function, attribute, artifact.smem_bytes),
+                    f"shared memory of {artifact.name}",
+                )
         return function
 
-    def bind(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int) -> CudaBound:
+    def bind(
+        self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
+    ) -> CudaBound:
         return CudaBound(self, artifacts, launches, binding, device)

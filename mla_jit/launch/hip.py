@@ -42,7 +42,14 @@ def _check(code: int, what: str) -> None:
 class HipBound:
     """See launch.base.Bound."""
 
-    def __init__(self, runtime: HipRuntime, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int):
+    def __init__(
+        self,
+        runtime: HipRuntime,
+        artifacts: Sequence[Artifact],
+        launches: Sequence[Launch],
+        binding: Binding,
+        device: int,
+    ):
         self._packed = Packed(artifacts, launches, binding)
         if self._packed.maps:
             raise LaunchError("HIP has no tensor maps; the variant should not have asked for one")
@@ -86,5 +93,7 @@ class HipRuntime:
             self._functions[key] = function
         return self._functions[key]
 
-    def bind(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int) -> HipBound:
+    def bind(
+        self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
+    ) -> HipBound:
         return HipBound(self, artifacts, launches, binding, device)

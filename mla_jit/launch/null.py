@@ -11,7 +11,7 @@ from mla_jit.launch.base import Binding, Launch, Packed
 
 @dataclass(frozen=True)
 class Record:
-    """One launch as it would have gone to a driver. `arguments` are the packed bytes of each argument, tensor maps empty."""
+    """One launch as it would have gone to a driver; `arguments`: each argument's packed bytes, tensor maps empty."""
 
     device: int
     stream: int
@@ -44,7 +44,17 @@ class NullBound:
         for launch in self.launches:
             a = self.artifacts[launch.kernel]
             self.runtime.records.append(
-                Record(self.device, stream, a.name, launch.grid, a.threads, a.smem_bytes, launch.pdl, tuple(pointers), tuple(floats))
+                Record(
+                    self.device,
+                    stream,
+                    a.name,
+                    launch.grid,
+                    a.threads,
+                    a.smem_bytes,
+                    launch.pdl,
+                    tuple(pointers),
+                    tuple(floats),
+                )
             )
 
 
@@ -61,7 +71,9 @@ class NullRuntime:
             self.loaded.append((artifact.key, device))
         return artifact.entry
 
-    def bind(self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int) -> NullBound:
+    def bind(
+        self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
+    ) -> NullBound:
         for launch in launches:
             self.load(artifacts[launch.kernel], device)
         return NullBound(self, artifacts, launches, device, Packed(artifacts, launches, binding))

@@ -13,7 +13,7 @@ OPS = ("decode",)
 
 @functools.cache
 def variants(op: str) -> tuple[Variant, ...]:
-    """All variants of an op, in the order in which equals are preferred. Imported on first use: the CPU's need torch."""
+    """All variants of an op, in the order in which equals are preferred. Imported on first use."""
     if op == "decode":
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON

@@ -40,8 +40,12 @@ class Variant:
     launches: Callable[[Any, Target, Config], tuple[Launch, ...]]
     workspace_bytes: Callable[[Any, Target, Config], int]
     cost: Callable[[Any, Target, Config], Cost]
-    numbers: Callable[[Any, Target, Config], dict[str, int]] = lambda problem, target, config: {}  # run-time numbers that a config fixes
-    offsets: Callable[[Any, Target, Config], dict[str, int]] = lambda problem, target, config: {}  # where workspace buffers start, bytes
+    numbers: Callable[[Any, Target, Config], dict[str, int]] = (
+        lambda problem, target, config: {}
+    )  # run-time numbers that a config fixes
+    offsets: Callable[[Any, Target, Config], dict[str, int]] = (
+        lambda problem, target, config: {}
+    )  # where workspace buffers start, bytes
     revision: int = 1  # raised whenever a change of the template makes older measurements stale
     space: dict[str, tuple[int | str | bool, ...]] = field(default_factory=dict, compare=False, hash=False)
     host: Callable[[Any, Config, Any], None] | None = None

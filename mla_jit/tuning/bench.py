@@ -74,8 +74,10 @@ def peers_grid(device: str = "nvidia_h200") -> list[tuple[Shape, dict[str, float
     return rows
 
 
-def make_sets(shape: Shape, *, capacity: int = 131072, device: str = "cuda", seed: int = 0, c: int = 512, r: int = 64) -> list[Set]:
-    """Input sets whose KV together exceeds ROTATE_BYTES; tables are `capacity` tokens wide, with garbage past the end."""
+def make_sets(
+    shape: Shape, *, capacity: int = 131072, device: str = "cuda", seed: int = 0, c: int = 512, r: int = 64
+) -> list[Set]:
+    """Input sets whose KV together exceeds ROTATE_BYTES; tables are `capacity` tokens wide, garbage past the end."""
     torch.manual_seed(seed)
     page = shape.page_size
     pages = sum(-(-n // page) for n in shape.lens)
@@ -102,7 +104,7 @@ def make_sets(shape: Shape, *, capacity: int = 131072, device: str = "cuda", see
 
 
 def ours(decode: Callable[..., Any], *, hinted: bool = False) -> Runner:
-    """`mla_jit.decode` (handed in) as a user calls it: capacity-sized table, no hints; `hinted` passes the longest length."""
+    """`mla_jit.decode` (handed in) as a user calls it: capacity-sized table, no hints; `hinted`: the longest length."""
 
     def run(s: Set) -> torch.Tensor:
         hint = s.longest if hinted else None
@@ -165,7 +167,9 @@ def graph_of(run: Runner, sets: Sequence[Set]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_alternating(graphs: dict[str, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 7, min_ms: float = 3.0) -> dict[str, list[float]]:
+def time_alternating(
+    graphs: dict[str, torch.cuda.CUDAGraph], calls: int, *, rounds: int = 7, min_ms: float = 3.0
+) -> dict[str, list[float]]:
     """µs a call of each graph, a value a round; the order reverses from round to round."""
     results: dict[str, list[float]] = {name: [] for name in graphs}
     repeats = {}
@@ -220,7 +224,9 @@ def bench(shape: Shape, runners: dict[str, Runner], *, capacity: int = 131072, r
         if name == "mla_jit":
             error = found
         if found > limit:
-            raise MlaJitError(f"{name} on {shape}: worst row's relative error is {found:.2e}, the limit {limit:.0e}; not timed")
+            raise MlaJitError(
+                f"{name} on {shape}: worst row's relative error is {found:.2e}, the limit {limit:.0e}; not timed"
+            )
     graphs = {name: graph_of(run, sets) for name, run in runners.items()}
     times = time_alternating(graphs, len(sets), rounds=rounds)
     mine = times.get("mla_jit", [0.0])
@@ -232,7 +238,7 @@ def bench(shape: Shape, runners: dict[str, Runner], *, capacity: int = 131072, r
 
 @dataclass(frozen=True)
 class Row:
-    """A shape of the peers' grid: our time and spread over `runs`, peers of the same run, peers' recorded figures, in µs.
+    """A shape of the peers' grid, in µs: our time and spread over `runs`, peers of this run, peers' recorded figures.
 
     `score` is best recorded peer ÷ ours, the recorded figure of a peer timed in this run replaced by today's.
     """
@@ -260,14 +266,15 @@ _RECORDED = {"flash_mla": "flashmla"}  # names of the peers in the recorded grid
 
 def peers_rows(decode: Callable[..., Any], against: Sequence[str] = (), *, runs: int = 3, rounds: int = 5,
                hinted: bool = False) -> Iterator[Row]:  # fmt: skip
-    """Our decode on every shape of the peers' grid, `runs` times each on fresh inputs, with installed peers alternated."""
+    """Our decode on every shape of the peers' grid, `runs` times each on fresh inputs, installed peers alternated."""
     runners = {"mla_jit": ours(decode, hinted=hinted), **{name: PEERS[name]() for name in against}}
     for shape, recorded in peers_grid():
         results = [bench(shape, runners, rounds=rounds, seed=seed) for seed in range(runs)]
         times = {name: [r.times_us[name] for r in results] for name in runners}
         mine = times.pop("mla_jit")
         yield Row(
-            str(shape), statistics.median(mine), min(mine), max(mine), {n: statistics.median(t) for n, t in times.items()},
+            str(shape), statistics.median(mine), min(mine), max(mine), {n: statistics.median(t) for n,
+            t in times.items()},
             recorded, results[0].roof_us, max(r.error for r in results),
         )  # fmt: skip
 

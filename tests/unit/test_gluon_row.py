@@ -85,6 +85,8 @@ def test_compiles_without_spills(problem: DecodeProblem) -> None:
         ({"q_dtype": "fp16"}, "both must be"),
         ({"kv_lora_rank": 128}, "kv_lora_rank 128"),
         ({"rope_dim": 32}, "rope_dim 32"),
+        ({"paging": "csr"}, "CSR page tables: compiled, but not yet run"),
+        ({"ragged": True, "num_kv_heads": 2}, "several KV heads, ragged queries"),
     ],
 )
 def test_says_why_not(changes: dict[str, int | str], reason: str) -> None:

@@ -1,4 +1,4 @@
-"""From the arguments of a decode call to a checked `DecodeProblem`, tensors by name, and the numbers that bind a launch.
+"""From the arguments of a decode call to a checked `DecodeProblem`, tensors by name, and the numbers of a launch.
 
 Nothing here reads a tensor's content. Every refusal is an InvalidInput that names the argument, what it is and what it
 must be.
@@ -43,7 +43,9 @@ def _check(ok: bool, message: str) -> None:
 def _dtype(name: str, tensor: Tensor) -> str:
     row = dtypes.of_torch(tensor.dtype)
     if row is None:
-        raise InvalidInput(f"{name} has dtype {tensor.dtype}; supported: {', '.join(d.torch for d in dtypes.DTYPES.values())}")
+        raise InvalidInput(
+            f"{name} has dtype {tensor.dtype}; supported: {', '.join(d.torch for d in dtypes.DTYPES.values())}"
+        )
     return row.name
 
 
@@ -84,11 +86,20 @@ def _queries(q: Any, ragged: bool, width: int, rank: int) -> tuple[list[Tensor],
             f"{name} has shape {tuple(part.shape)}; it must be [B, H, {want}]"
             + (" ([T, H, …] with qo_indptr)" if ragged else f" or [B, q_len, H, {want}]"),
         )
-        _check(part.shape[-1] == want, f"{name} has {part.shape[-1]} elements a head; kv_lora_rank and the cache ask for {want}")
+        _check(
+            part.shape[-1] == want,
+            f"{name} has {part.shape[-1]} elements a head; kv_lora_rank and the cache ask for {want}",
+        )
         _last_stride(name, part)
     if split:
-        _check(parts[0].shape[:-1] == parts[1].shape[:-1], f"q_nope {tuple(parts[0].shape)} and q_pe {tuple(parts[1].shape)} differ")
-        _check(parts[0].dtype == parts[1].dtype, f"q_nope is {parts[0].dtype}, q_pe is {parts[1].dtype}; they must be the same")
+        _check(
+            parts[0].shape[:-1] == parts[1].shape[:-1],
+            f"q_nope {tuple(parts[0].shape)} and q_pe {tuple(parts[1].shape)} differ",
+        )
+        _check(
+            parts[0].dtype == parts[1].dtype,
+            f"q_nope is {parts[0].dtype}, q_pe is {parts[1].dtype}; they must be the same",
+        )
     return parts, split
 
 
@@ -101,7 +112,8 @@ def _cache(kv_cache: Any, rank: int) -> tuple[list[Tensor], bool]:
     for i, (name, part) in enumerate(zip(names, parts, strict=True)):
         _check(
             part.dim() in (3, 4),
-            f"{name} has shape {tuple(part.shape)}; it must be [pages, page_size, num_kv_heads, width] or [pages, page_size, width]",
+            f"{name} has shape {tuple(part.shape)}; it must be [pages, page_size, num_kv_heads, width] or "
+            "[pages, page_size, width]",
         )
         _last_stride(name, part)
         parts[i] = part if part.dim() == 4 else part.unsqueeze(2)
@@ -110,8 +122,13 @@ def _cache(kv_cache: Any, rank: int) -> tuple[list[Tensor], bool]:
         f"{names[0]} is {parts[0].shape[-1]} wide, kv_lora_rank is {rank}",
     )
     if len(parts) == 2:
-        _check(parts[0].shape[:-1] == parts[1].shape[:-1], f"ckv {tuple(parts[0].shape)} and kpe {tuple(parts[1].shape)} differ")
-        _check(parts[0].dtype == parts[1].dtype, f"ckv is {parts[0].dtype}, kpe is {parts[1].dtype}; they must be the same")
+        _check(
+            parts[0].shape[:-1] == parts[1].shape[:-1],
+            f"ckv {tuple(parts[0].shape)} and kpe {tuple(parts[1].shape)} differ",
+        )
+        _check(
+            parts[0].dtype == parts[1].dtype, f"ckv is {parts[0].dtype}, kpe is {parts[1].dtype}; they must be the same"
+        )
     return parts, len(parts) == 2
 
 
@@ -121,7 +138,10 @@ def _scale(name: str, value: Any, device: Any) -> tuple[float, Tensor | None]:
         return 1.0, None
     if isinstance(value, (int, float)):
         return float(value), None
-    _check(str(value.dtype) == "torch.float32" and value.numel() == 1, f"{name} must be a float or a 1-element float32 tensor")
+    _check(
+        str(value.dtype) == "torch.float32" and value.numel() == 1,
+        f"{name} must be a float or a 1-element float32 tensor",
+    )
     _check(value.device == device, f"{name} is on {value.device}, q is on {device}; move it, or pass a float")
     return 1.0, value
 
@@ -145,14 +165,22 @@ def decode_inputs(
     device = q0.device
     for name, t in (("q_pe", parts[-1]), ("kv_cache", kv0), ("kpe", buffers[-1])):
         _check(t.device == device, f"{name} is on {t.device}, q is on {device}; move them to one device")
-    _check(isinstance(sm_scale, (int, float)) and 0 < sm_scale < float("inf"), f"sm_scale is {sm_scale!r}; it must be a positive float")
+    _check(
+        isinstance(sm_scale, (int, float)) and 0 < sm_scale < float("inf"),
+        f"sm_scale is {sm_scale!r}; it must be a positive float",
+    )
     _check(logit_cap >= 0, f"logit_cap is {logit_cap}; use 0 for none, or a positive cap")
     _check(lse_base in ("e", "2"), f"lse_base is {lse_base!r}; use 'e' (natural logarithm) or '2'")
-    _check(1 <= cp_world and 0 <= cp_rank < cp_world, f"cp_rank {cp_rank} does not lie in 0 … cp_world - 1 (cp_world {cp_world})")
+    _check(
+        cp_world >= 1 and 0 <= cp_rank < cp_world,
+        f"cp_rank {cp_rank} does not lie in 0 … cp_world - 1 (cp_world {cp_world})",
+    )
 
     heads, kv_heads, page = q0.shape[-2], kv0.shape[2], kv0.shape[1]
     batch, q_len, ragged = _batch(q0, qo_indptr, max_q_len, device)
-    paging, table, capacity = _paging(block_table, seq_lens, kv_indptr, kv_indices, kv_last_page_lens, page, batch, cp_world, device)
+    paging, table, capacity = _paging(
+        block_table, seq_lens, kv_indptr, kv_indices, kv_last_page_lens, page, batch, cp_world, device
+    )
     capacity = min(capacity, kv0.shape[0] * page) if paging == "table" else kv0.shape[0] * page
     if max_kv_len is not None:
         _check(max_kv_len >= 0, f"max_kv_len is {max_kv_len}; it must be >= 0")
@@ -162,7 +190,9 @@ def decode_inputs(
     q_dtype, kv_dtype = _dtype("q", q0), _dtype("kv_cache", kv0)
     if out is not None:
         result = _dtype("out", out)
-        _check(out_dtype is None or str(out_dtype) == str(out.dtype), f"out is {out.dtype}, out_dtype asks for {out_dtype}")
+        _check(
+            out_dtype is None or str(out_dtype) == str(out.dtype), f"out is {out.dtype}, out_dtype asks for {out_dtype}"
+        )
     elif out_dtype is not None:
         row = dtypes.of_torch(out_dtype)
         _check(row is not None, f"out_dtype {out_dtype} is not supported")
@@ -174,22 +204,29 @@ def decode_inputs(
     kv_factor, kv_scale = _scale("kv_scale", kv_scale, device)
     if sinks is not None:
         _check(
-            str(sinks.dtype) == "torch.float32" and tuple(sinks.shape) == (heads,) and sinks.device == device and sinks.stride(0) == 1,
-            f"sinks must be a contiguous float32 [{heads}] on {device}; it is {sinks.dtype} {tuple(sinks.shape)} on {sinks.device}",
+            str(sinks.dtype) == "torch.float32"
+            and tuple(sinks.shape) == (heads,)
+            and sinks.device == device
+            and sinks.stride(0) == 1,
+            f"sinks must be a contiguous float32 [{heads}] on {device}; it is {sinks.dtype} {tuple(sinks.shape)} on "
+            f"{sinks.device}",
         )
 
     out_shape = (*q0.shape[:-1], rank)
     _check_outputs(out, lse, out_shape, device)
     groups = {"q": parts, "kv": buffers} | ({"out": [out]} if out is not None else {})
     misaligned = tuple(name for name, group in groups.items() if not _aligned(*group))
-    index64 = tuple(n for n, t in (*table.items(), ("qo_indptr", qo_indptr)) if t is not None and str(t.dtype) == "torch.int64")
+    index64 = tuple(
+        n for n, t in (*table.items(), ("qo_indptr", qo_indptr)) if t is not None and str(t.dtype) == "torch.int64"
+    )
     problem = DecodeProblem(
         num_heads=heads, kv_lora_rank=rank, rope_dim=rope, num_kv_heads=kv_heads, q_dtype=q_dtype, kv_dtype=kv_dtype,
         out_dtype=result, page_size=page, layout="split" if kv_split else "joint", q_split=q_split, paging=paging,
         has_lens=seq_lens is not None, ragged=ragged, causal=causal, soft_cap=logit_cap > 0, sinks=sinks is not None,
         lse=return_lse or lse is not None, q_scale=q_scale is not None, kv_scale=kv_scale is not None,
         context_parallel=cp_world > 1, misaligned=misaligned, flat_pages=_flat(buffers), index64=index64, batch=batch,
-        q_len=q_len, max_kv_len=capacity, total_kv=None if total_kv is None else bucket(total_kv), num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
+        q_len=q_len, max_kv_len=capacity, total_kv=None if total_kv is None else bucket(total_kv),
+        num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
     )  # fmt: skip
 
     rope_q = parts[1] if q_split else q0[..., rank:]
@@ -199,22 +236,25 @@ def decode_inputs(
         "qo_indptr": qo_indptr, "out": out, "lse": lse, **table,
     }  # fmt: skip
     per_token = 0 if (ragged or q0.dim() == 3) else 1  # the dimension of q that counts tokens
-    tokens = q0.shape[0] if per_token == 0 else batch * q_len
     if per_token == 1:
         for name, t in (("q", q0), ("q_pe", rope_q), ("out", out), ("lse", lse)):
             _check(
                 t is None or q_len <= 1 or batch <= 1 or t.stride(0) == q_len * t.stride(1),
-                f"{name} has strides {tuple(t.stride()) if t is not None else ()}: batch and q_len must merge into one token "
-                "dimension (stride(0) == q_len * stride(1)); call .contiguous()",
+                f"{name} has strides {tuple(t.stride()) if t is not None else ()}: batch and q_len must merge into one "
+                "token dimension (stride(0) == q_len * stride(1)); call .contiguous()",
             )
-    numbers: dict[str, Number] = {
-        "cp_rank": cp_rank, "cp_world": cp_world, "table_stride": table["table"].stride(0),
-    }  # fmt: skip
+    pages = table["table"]
+    assert pages is not None
+    numbers: dict[str, Number] = {"cp_rank": cp_rank, "cp_world": cp_world, "table_stride": pages.stride(0)}
     token_dim = 1 if (per_token == 1 and (q_len > 1)) else 0
     for name, t in (("q", q0), ("q_pe", rope_q)):
         numbers |= {f"{name}_stride_t": t.stride(token_dim), f"{name}_stride_h": t.stride(-2)}
     for name, t in (("kv", kv0), ("kpe", rope_kv)):
-        numbers |= {f"{name}_stride_page": t.stride(0), f"{name}_stride_tok": t.stride(1), f"{name}_stride_head": t.stride(2)}
+        numbers |= {
+            f"{name}_stride_page": t.stride(0),
+            f"{name}_stride_tok": t.stride(1),
+            f"{name}_stride_head": t.stride(2),
+        }
     if out is not None:
         numbers |= {"out_stride_t": out.stride(token_dim), "out_stride_h": out.stride(-2)}
     else:
@@ -228,8 +268,13 @@ def decode_inputs(
         "lse_mul": 1.0 if lse_base == "2" else LN2,
     }  # fmt: skip
     views = {
-        name: TensorView(rows=t.shape[0] * page, columns=(t.shape[2] - 1) * t.stride(2) + w, row_elements=t.stride(1),
-            row_bytes=t.stride(1) * t.element_size(), dtype=kv_dtype)  # fmt: skip
+        name: TensorView(
+            rows=t.shape[0] * page,
+            columns=(t.shape[2] - 1) * t.stride(2) + w,
+            row_elements=t.stride(1),
+            row_bytes=t.stride(1) * t.element_size(),
+            dtype=kv_dtype,
+        )
         for name, t, w in (("kv", kv0, rank), ("kpe", rope_kv, rope))
     }
     return DecodeInputs(problem, tensors, numbers, floats, device, out_shape, views)
@@ -248,7 +293,10 @@ def _batch(q0: Tensor, qo_indptr: Tensor | None, max_q_len: int | None, device: 
         return q0.shape[0], q_len, False
     _index("qo_indptr", qo_indptr, 1, device)
     _check(qo_indptr.shape[0] >= 1, "qo_indptr is empty; it must have batch + 1 entries")
-    _check(max_q_len is not None and max_q_len >= 0, "qo_indptr needs max_q_len (a host integer: the longest q of a sequence)")
+    _check(
+        max_q_len is not None and max_q_len >= 0,
+        "qo_indptr needs max_q_len (a host integer: the longest q of a sequence)",
+    )
     assert max_q_len is not None
     return qo_indptr.shape[0] - 1, min(max_q_len, q0.shape[0]), True
 
@@ -259,24 +307,34 @@ def _paging(
 ) -> tuple[str, dict[str, Tensor | None], int]:  # fmt: skip
     """(paging, index tensors by name, capacity in tokens a sequence or 0 where the host cannot know)."""
     if block_table is not None:
-        _check(kv_indptr is None and kv_indices is None, "pass block_table + seq_lens, or kv_indptr + kv_indices, not both")
+        _check(
+            kv_indptr is None and kv_indices is None, "pass block_table + seq_lens, or kv_indptr + kv_indices, not both"
+        )
         _check(seq_lens is not None, "block_table needs seq_lens (int32 [B], on the device)")
         assert seq_lens is not None
         _index("block_table", block_table, 2, device)
         _index("seq_lens", seq_lens, 1, device)
         _check(
             block_table.shape[0] == batch and seq_lens.shape[0] == batch,
-            f"q has batch {batch}, block_table {block_table.shape[0]}, seq_lens {seq_lens.shape[0]}; they must be the same",
+            f"q has batch {batch}, block_table {block_table.shape[0]}, seq_lens {seq_lens.shape[0]}: not the same",
         )
-        return "table", {"table": block_table, "lens": seq_lens, "kv_indptr": None, "last": None}, block_table.shape[1] * page
+        return (
+            "table",
+            {"table": block_table, "lens": seq_lens, "kv_indptr": None, "last": None},
+            block_table.shape[1] * page,
+        )
     _check(
         kv_indptr is not None and kv_indices is not None,
         "no page table: pass block_table + seq_lens, or kv_indptr + kv_indices (+ kv_last_page_lens)",
     )
-    assert kv_indptr is not None and kv_indices is not None
+    assert kv_indptr is not None
+    assert kv_indices is not None
     _index("kv_indptr", kv_indptr, 1, device)
     _index("kv_indices", kv_indices, 1, device)
-    _check(kv_indptr.shape[0] == batch + 1, f"kv_indptr has {kv_indptr.shape[0]} entries, batch is {batch}; it needs batch + 1")
+    _check(
+        kv_indptr.shape[0] == batch + 1,
+        f"kv_indptr has {kv_indptr.shape[0]} entries, batch is {batch}; it needs batch + 1",
+    )
     if seq_lens is not None:
         _index("seq_lens", seq_lens, 1, device)
         _check(seq_lens.shape[0] == batch, f"seq_lens has {seq_lens.shape[0]} entries, batch is {batch}")

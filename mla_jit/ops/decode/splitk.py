@@ -30,7 +30,8 @@ _SPILL_BYTES = 1792  # the peeled, masked tile may spill; the main loop's budget
 _FLOATS = ("qk_scale", "v_scale", "logit_cap", "lse_mul")
 _INTS = ("batch", "max_q_len", "num_splits", "min_tiles", "wave", "slots", "cp_rank", "cp_world")
 _STAGE1_POINTERS = (
-    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse",
+    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
+    "out", "lse",
     "part", "part_lse",
 )  # fmt: skip
 _STAGE1_STRIDES = (
@@ -60,8 +61,8 @@ def _decode(dtype: str, target: Target) -> str:
 def _qk_native(p: DecodeProblem) -> bool:
     """Whether q·k is one matrix instruction on the operands as they lie in memory.
 
-    Not for fp8: Hopper's fp8 instructions add up in about 14 bits, which moved the LSE by 0.04 (measured), and the tile is
-    converted for P·V anyway; e4m3 is exact in fp16.
+    Not for fp8: Hopper's fp8 instructions add up in about 14 bits, which moved the LSE by 0.04 (measured), and the tile
+    is converted for P·V anyway; e4m3 is exact in fp16.
     """
     return p.q_dtype == p.kv_dtype and DTYPES[p.q_dtype].bits == 16
 
@@ -122,7 +123,9 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
 def _no_tma(p: DecodeProblem, config: Config) -> str | None:
     """Why tiles of this cache cannot be bulk tensor copies, or None."""
     if p.page_size % config.int("block_n"):
-        return f"page size {p.page_size} is no multiple of a tile of {config.int('block_n')} tokens: no bulk tensor copies"
+        return (
+            f"page size {p.page_size} is no multiple of a tile of {config.int('block_n')} tokens: no bulk tensor copies"
+        )
     if "kv" in p.misaligned:
         return "the cache's base or strides are not multiples of 16: no bulk tensor copies"
     if not p.flat_pages:
@@ -144,7 +147,7 @@ _TILES = {
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
-    """A sound config from shapes alone: rows packed to a power of two, tiles and stages that fit, splits that fill the device."""
+    """A sound config from shapes alone: rows packed to a power of two, tiles that fit, splits that fill the device."""
     rows = max(p.rows, 1)
     narrow = DTYPES[p.kv_dtype].bits == 8
     kind = "mfma" if target.triton[:1] == ("hip",) else "m64" if target.has("mma_m64") else "mma"
@@ -172,7 +175,8 @@ def default(p: DecodeProblem, target: Target) -> Config:
         pieces, heads, columns = (8, 1, 512) if table <= 2112 else (4, 4, 512)
     config = Config.of(
         NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, tma=False, min_tiles=1,
-        num_kv_splits=1, combine_s=pieces, combine_h=heads, combine_d=columns, masked_first=block_m < 64, pdl=target.has("pdl"),
+        num_kv_splits=1, combine_s=pieces, combine_h=heads, combine_d=columns, masked_first=block_m < 64,
+        pdl=target.has("pdl"),
     )  # fmt: skip
     if bulk and _no_tma(p, config) is None:
         config = config.replace(tma=True)
@@ -213,8 +217,8 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
 def _default_splits(p: DecodeProblem, target: Target, config: Config) -> int:
     """The count i that maximises the share of the device's slots in use, less what a split costs.
 
-    With `programs` without splits and `slots` resident at once, i splits take ceil(programs·i / slots) waves; a split costs
-    about `overhead` tokens of work (start, partial, combine).
+    With `programs` without splits and `slots` resident at once, i splits take ceil(programs·i / slots) waves; a split
+    costs about `overhead` tokens of work (start, partial, combine).
     """
     programs, slots = _programs(p, config), _resident(target, config)
     most = max(1, min(-(-p.max_kv_len // config.int("block_n")), -(-slots // programs), 256))
@@ -246,7 +250,8 @@ def _pointer(p: DecodeProblem, target: Target, name: str) -> str:
 def _absent(p: DecodeProblem) -> set[str]:
     """Pointer operands that this problem does not have."""
     has = {
-        "lens": p.has_lens, "kv_indptr": p.paging == "csr", "last": p.paging == "csr" and not p.has_lens and p.page_size > 1,
+        "lens": p.has_lens, "kv_indptr": p.paging == "csr",
+        "last": p.paging == "csr" and not p.has_lens and p.page_size > 1,
         "qo_indptr": p.ragged, "sinks": p.sinks, "q_scale": p.q_scale, "kv_scale": p.kv_scale, "lse": p.lse,
     }  # fmt: skip
     return {name for name, present in has.items() if not present}
@@ -260,8 +265,10 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     constants |= {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "BLOCK_M": config.int("block_m"), "BLOCK_N": block_n, "BLOCK_C": latent, "BLOCK_R": rope,
-        "BATCH_POW2": _batch_pow2(p), "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]),         "MASKED_FIRST": bool(config["masked_first"]),
-        "PDL": bool(config["pdl"]), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "BATCH_POW2": _batch_pow2(p), "STAGES": config.int("num_stages"), "TMA": bool(config["tma"]),
+        "MASKED_FIRST": bool(config["masked_first"]),
+        "PDL": bool(config["pdl"]), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel,
+        "HAS_LENS": p.has_lens,
         "HAS_LSE": p.lse, "COMPUTE": _COMPUTE[_compute(p)], "DECODE": _decode(p.kv_dtype, target),
         "Q_DECODE": _decode(p.q_dtype, target), "QK_NATIVE": _qk_native(p),
     }  # fmt: skip
@@ -271,7 +278,9 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     for name, box in (("kv", latent), ("kpe", rope)):
         if config["tma"] and (name == "kv" or p.rope_dim):
             element = DTYPES[p.kv_dtype].triton
-            arguments.append((f"{name}_desc", f"tma<{element}[{block_n},{box}]>", Arg("tma", name, block=(block_n, box))))
+            arguments.append(
+                (f"{name}_desc", f"tma<{element}[{block_n},{box}]>", Arg("tma", name, block=(block_n, box)))
+            )
         else:
             constants[f"{name}_desc"] = None
     for name in _STAGE1_POINTERS[4:]:
@@ -305,7 +314,8 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str
     constants |= {
         "H": p.num_heads, "C": p.kv_lora_rank, "PAGE": p.page_size, "BLOCK_N": config.int("block_n"),
         "BLOCK_S": block_s, "BLOCK_H": block_h, "BLOCK_D": block_d,
-        "BATCH_POW2": _batch_pow2(p), "PDL": bool(config["pdl"]), "CP": p.context_parallel, "HAS_LENS": p.has_lens, "HAS_LSE": p.lse,
+        "BATCH_POW2": _batch_pow2(p), "PDL": bool(config["pdl"]), "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "HAS_LSE": p.lse,
     }  # fmt: skip
     arguments = [(f"{n}_ptr", _pointer(p, target, n), Arg("ptr", n)) for n in _COMBINE_POINTERS if n not in absent]
     for name in _OUT_STRIDES:
@@ -339,13 +349,17 @@ def _source(target: Target, function: str, name: str, parts: tuple[dict[str, Sca
 
 def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """Stage 1, and the combine where there is more than one split slot."""
-    limits = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma)
+    limits = Limits(
+        smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma
+    )
     options: dict[str, Scalar] = {"num_warps": config.int("num_warps"), "num_stages": config.int("num_stages")}
     stage1 = _source(target, "decode_splitk", NAME, _stage1(p, target, config), options, limits)
     if not _splits(p, config):
         return (stage1,)
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
-    two = _source(target, "combine", f"{NAME}_combine", _combine(p, target, config), {"num_warps": 4, "num_stages": 2}, small)
+    two = _source(
+        target, "combine", f"{NAME}_combine", _combine(p, target, config), {"num_warps": 4, "num_stages": 2}, small
+    )
     return stage1, two
 
 
@@ -398,7 +412,9 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
-    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),     "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "combine_s": (2, 4, 8, 16, 32, 64, 128), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512), "pdl": (False, True),
+    "block_m": (16, 32, 64), "block_n": (16, 32, 64), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4),
+    "tma": (False, True), "masked_first": (False, True), "min_tiles": (1, 2, 4), "pdl": (False, True),
+    "combine_s": (2, 4, 8, 16, 32, 64, 128), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512),
 }  # fmt: skip
 
 DECODE_SPLITK_TRITON = Variant(

@@ -9,11 +9,12 @@ A tile is read once from device memory and serves as K and as V. Bytes a sequenc
 of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32; shared memory: num_stages tiles and q.
 
 The number of programs is fixed by the grid; each derives its piece of a sequence from the lengths on the device, so a
-graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main loop is free of masks. The tiles that need one (those that the
-causal diagonal crosses, and the partly filled last one) come before it with MASKED_FIRST, while O is still empty: no
-spills with mma.sync. With wgmma they come after it, since an O that reaches the loop through moves makes ptxas serialise
-every wgmma (C7515: 618 instead of 508 us at 128 heads × 128 × 4096). A sequence that needs one split is written
-straight to `out`; the others leave fp32 partials and their base-2 LSE, which `combine` sums in the order of the splits.
+graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main
+loop is free of masks. The tiles that need one (those that the causal diagonal crosses, and the partly filled last one)
+come before it with MASKED_FIRST, while O is still empty: no spills with mma.sync. With wgmma they come after it, since
+an O that reaches the loop through moves makes ptxas serialise every wgmma (C7515: 618 instead of 508 us at 128 heads ×
+128 × 4096). A sequence that needs one split is written straight to `out`; the others leave fp32 partials and their
+base-2 LSE, which `combine` sums in the order of the splits.
 """
 
 import triton
@@ -71,11 +72,11 @@ def _even_pieces(tiles, num_splits, min_tiles):
 def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
               HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr,
               BATCH_POW2: tl.constexpr):  # fmt: skip
-    """(pieces of each sequence [BATCH_POW2], their indices, whether lengths are even): how a batch is cut for `slots` programs.
+    """How a batch is cut for `slots` programs: (pieces of each sequence, their indices, whether lengths are even).
 
-    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates, 1/2 to 7 times total/wave,
-    the one with the least predicted time, min(waves·c, total/wave + c) + 1.5 tiles a piece and program, whose pieces fit
-    the slots. Integers only: both stages must come to the same cut.
+    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates, 1/2 to 7 times
+    total/wave, the one with the least predicted time, min(waves·c, total/wave + c) + 1.5 tiles a piece and program,
+    whose pieces fit the slots. Integers only: both stages must come to the same cut.
     """
     offs_b = tl.arange(0, BATCH_POW2)
     ok = offs_b < batch
@@ -182,7 +183,8 @@ def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
 def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile, last_tile,
                   kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
                   qk_scale, logit_cap, DIAGONAL: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, CAP: tl.constexpr,
+                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
+                  CAP: tl.constexpr,
                   COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
     """The tiles that need a mask: [clear_tile, full_tile) cross the causal diagonal, full_tile is partly filled."""
     TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # a page
@@ -233,7 +235,9 @@ def decode_splitk(
     piece = pid // (row_blocks * NUM_KV_HEADS)
     b = tl.minimum(piece // num_splits, batch - 1)
     split = piece - b * num_splits
-    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)  # on its way while the batch is looked at
+    length = _lengths(
+        b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE
+    )  # on its way while the batch is looked at
     pieces = 0
     even = True
     if wave > 0:
@@ -312,7 +316,8 @@ def decode_splitk(
     kv_col = (kvh * kv_stride_head).to(tl.int32)
     pe_col = (kvh * kpe_stride_head).to(tl.int32)
     if MASKED_FIRST:
-        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile,
+        full_tile,
                                   last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
@@ -338,7 +343,8 @@ def decode_splitk(
                                 R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
     if not MASKED_FIRST:
-        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile,
+        full_tile,
                                   last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
@@ -438,8 +444,10 @@ def combine(
         denominator += tl.exp2(tl.minimum(sink - shift, 126.0))
     o = tl.where((total > 0)[:, None], acc / denominator[:, None], 0.0)
     p_out = out_ptr + q_tok.to(tl.int64) * out_stride_t + heads * out_stride_h
-    tl.store(p_out[:, None] + offs_d[None, :], o.to(out_ptr.dtype.element_ty), mask=head_ok[:, None] & (offs_d < C)[None, :])
-    if HAS_LSE:
+    tl.store(
+        p_out[:, None] + offs_d[None, :], o.to(out_ptr.dtype.element_ty), mask=head_ok[:, None] & (offs_d < C)[None, :]
+    )
+    if HAS_LSE:  # noqa: SIM102  known to the compiler, `column` is not
         if column == 0:
             p_lse = lse_ptr + q_tok.to(tl.int64) * lse_stride_t + heads * lse_stride_h
             tl.store(p_lse, (shift + tl.log2(total)) * lse_mul, mask=head_ok)
