@@ -204,14 +204,15 @@ def _resolve(key: tuple[Any, ...], inputs: DecodeInputs) -> _Call:
     index = device.index if device.index is not None else 0
     where = target.of_device(device.type, index)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    executable = plan.executable_for(problem, where, forbid_compile="under graph capture" if capturing else None)
+    forbidden = "under graph capture" if capturing else None
+    executable = plan.executable_for(problem, where, forbid_compile=forbidden)
     out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
     empty = 0 in inputs.out_shape
     bound: Bound | None = None
     spec: tuple[tuple[int, int], ...] = ()
     floats: tuple[float, ...] = ()
     if executable.variant.host is None and not empty:
-        bound = executable.bind(inputs.binding, index)
+        bound = executable.bind(inputs.binding, index, forbid_load=forbidden)
         spec = tuple(_place(name, offset, inputs, executable) for name, offset in bound.operands)
         floats = tuple(inputs.floats[name] for name in bound.float_names)
     on_gpu = device.type == "cuda"

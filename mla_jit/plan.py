@@ -14,7 +14,7 @@ from mla_jit import launch, ops
 from mla_jit.compile import cache
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
-from mla_jit.errors import CompileError, NoVariant
+from mla_jit.errors import CacheMiss, CompileError, NoVariant
 from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import Problem
@@ -116,12 +116,26 @@ class Executable:
         self.workspace_bytes = dispatch.workspace_bytes
         self.offsets = choice.variant.offsets(problem, target, choice.config)
 
-    def bind(self, binding: Binding, device: int) -> Bound:
-        """The launches of this problem on a device, with strides and sizes packed."""
+    def bind(self, binding: Binding, device: int, *, forbid_load: str | None = None) -> Bound:
+        """The launches of this problem on a device, with strides and sizes packed.
+
+        `forbid_load` is a reason, such as graph capture, for which a kernel that is not on the device raises CacheMiss.
+        """
+        if forbid_load is not None:
+            self._check_loaded(device, forbid_load)
         numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
         launches = self.variant.launches(self.problem, self.target, self.config)
         runtime = launch.runtime(self.target.runtime)
         return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
+
+    def _check_loaded(self, device: int, reason: str) -> None:
+        runtime = launch.runtime(self.target.runtime)
+        for artifact in self.artifacts:
+            if not runtime.has(artifact, device):
+                raise CacheMiss(
+                    f"{artifact.name} (key {artifact.key[:16]}) is not loaded on device {device}, and cannot be {reason}; "
+                    f"call mla_jit.warmup([...]) or decode once before, for {self.problem}"
+                )
 
     def load(self, device: int) -> None:
         """Loads the kernels on a device, so that a later call under graph capture finds them there."""

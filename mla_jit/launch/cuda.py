@@ -182,6 +182,10 @@ class CudaRuntime:
                 )
         return function
 
+    def has(self, artifact: Artifact, device: int) -> bool:
+        """Whether the artifact is loaded on the device already."""
+        return (artifact.key, device) in self._functions
+
     def bind(
         self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
     ) -> CudaBound:

@@ -93,6 +93,10 @@ class HipRuntime:
             self._functions[key] = function
         return self._functions[key]
 
+    def has(self, artifact: Artifact, device: int) -> bool:
+        """Whether the artifact is loaded on the device already."""
+        return (artifact.key, device) in self._functions
+
     def bind(
         self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
     ) -> HipBound:

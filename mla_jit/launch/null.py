@@ -71,6 +71,9 @@ class NullRuntime:
             self.loaded.append((artifact.key, device))
         return artifact.entry
 
+    def has(self, artifact: Artifact, device: int) -> bool:
+        return (artifact.key, device) in self.loaded
+
     def bind(
         self, artifacts: Sequence[Artifact], launches: Sequence[Launch], binding: Binding, device: int
     ) -> NullBound:
