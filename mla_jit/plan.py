@@ -133,8 +133,8 @@ class Executable:
         for artifact in self.artifacts:
             if not runtime.has(artifact, device):
                 raise CacheMiss(
-                    f"{artifact.name} (key {artifact.key[:16]}) is not loaded on device {device}, and cannot be {reason}; "
-                    f"call mla_jit.warmup([...]) or decode once before, for {self.problem}"
+                    f"{artifact.name} (key {artifact.key[:16]}) is not loaded on device {device}, and "
+                    f"cannot be {reason}; call mla_jit.warmup([...]) or decode once before, for {self.problem}"
                 )
 
     def load(self, device: int) -> None:
