@@ -81,7 +81,8 @@ def decode(
         block_table, seq_lens: int32 [B, max_pages] and [B]. Entries past a sequence's last page are never read through.
         kv_indptr, kv_indices, kv_last_page_lens: the CSR form instead, int32 [B + 1], [pages in use], [B]; the last
             page's length is ignored at page_size 1.
-        qo_indptr, max_q_len: int32 [B + 1] and the host's bound for a ragged q.
+        qo_indptr, max_q_len: int32 [B + 1] and the host's bound for a ragged q. Rows of `out` and `lse` past
+            qo_indptr[-1] are not written.
         max_kv_len, total_kv: host hints, never read back from the device; without them the table's capacity counts.
         causal: mask among the last q_len tokens of each sequence.
         logit_cap: cap · tanh(x / cap) on scaled logits, before the mask; 0 for none.
@@ -96,7 +97,8 @@ def decode(
         return_lse: also return log Σ exp(logit), fp32 [..., H]; -inf for a row with nothing to attend (output 0).
         lse_base: "e" or "2".
         num_kv_splits: split slots a sequence; the tuner's choice if absent.
-        batch_invariant: cut sequences independently of the batch, so that a result is bit-equal alone or in a batch.
+        batch_invariant: cut sequences independently of the batch, so that a result is bit-equal alone or in a batch,
+            for one q_len (max_q_len, if ragged). Its workspace grows with the capacity; max_kv_len bounds it.
 
     Returns:
         out, or (out, lse) with return_lse. The same inputs always give the same bits.

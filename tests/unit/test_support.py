@@ -101,6 +101,11 @@ def test_the_readme_shows_the_matrix():
     assert shown.strip() == support.markdown(CELLS).strip(), "paste the output of: mla-tune support --markdown"
 
 
+def test_the_readme_shows_the_integration_that_is_tested():
+    snippet = (README.parent / "tests" / "integration" / "README_SNIPPET.md").read_text(encoding="utf-8")
+    assert snippet.strip() in README.read_text(encoding="utf-8")
+
+
 def test_the_readme_has_the_settings():
     shown = re.findall(r"^\| `MLA_JIT_(\w+)` \| (.*?) \|", README.read_text(encoding="utf-8"), re.MULTILINE)
     fields = dataclasses.fields(settings.Settings)
