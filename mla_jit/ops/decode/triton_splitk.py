@@ -13,8 +13,8 @@ graph captured at capacity serves any length (`_even_pieces` for one length, `_s
 loop is free of masks. The tiles that need one (those that the causal diagonal crosses, and the partly filled last one)
 come before it with MASKED_FIRST, while O is still empty: no spills with mma.sync. With wgmma they come after it, since
 an O that reaches the loop through moves makes ptxas serialise every wgmma (C7515: 618 us at 128 heads × 128 × 4096,
-497 in the next run without it). A sequence that needs one split is written straight to `out`; the others leave fp32 partials and their
-base-2 LSE, which `combine` sums in the order of the splits.
+497 in the next run without it). A sequence that needs one split is written straight to `out`; the others leave fp32
+partials and their base-2 LSE, which `combine` sums in the order of the splits.
 """
 
 import triton
