@@ -24,13 +24,11 @@ class Target:
     device: str
     sms: int
     smem_bytes: int
-    smem_sm_bytes: int
     registers_sm: int
     registers: int
     l2_bytes: int
     bandwidth_gbps: float
     bf16_tflops: float
-    fp8_tflops: float
     launch_us: float
     dtypes: tuple[str, ...]
     features: tuple[str, ...]
