@@ -2,6 +2,7 @@
 
 A measurement is the median over replays of (replay time ÷ calls in the graph). Every runner is checked against the
 reference before its time counts. Peers' figures measured elsewhere are in tuning_db/<device>/peers_decode.jsonl.
+What a call costs beside its kernels is measured in overhead.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class Shape:
         return len(self.lens)
 
     def __str__(self) -> str:
-        return f"{self.label or max(self.lens)} × {self.heads} heads × {self.batch}"
+        tokens = f" × q{self.q_len}" if self.q_len > 1 else ""
+        return f"{self.label or max(self.lens)} × {self.heads} heads × {self.batch}{tokens}"
 
 
 @dataclass
@@ -54,6 +56,11 @@ class Set:
     scale: float
     longest: int  # of lens, on the host
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What a decode call on it has to be told beside q and the cache."""
+        return {"kv_lora_rank": 512, "sm_scale": self.scale, "block_table": self.table, "seq_lens": self.lens}
+
 
 Runner = Callable[[Set], torch.Tensor]
 
@@ -64,26 +71,28 @@ def ragged_lens(batch: int = 64, low: int = 128, high: int = 32768, seed: int = 
     return tuple(round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(batch))
 
 
-def peers_grid(device: str = "nvidia_h200") -> list[tuple[Shape, dict[str, float]]]:
-    """The shapes on which peers were measured, with their times in µs by peer."""
+def peers_grid(q_len: int = 1, device: str = "nvidia_h200") -> list[tuple[Shape, dict[str, float]]]:
+    """The shapes of `q_len` query tokens on which peers were measured, with their times in µs by peer."""
     rows = []
     for line in resources.path("tuning_db", device, "peers_decode.jsonl").read_text().splitlines():
         row = json.loads(line)
-        lens = ragged_lens(row["batch"]) if row["kv_len"] == "ragged" else (row["kv_len"],) * row["batch"]
-        rows.append((Shape(row["heads"], lens, label=str(row["kv_len"])), row["peers_us"]))
+        if row.get("q_len", 1) == q_len:
+            lens = ragged_lens(row["batch"]) if row["kv_len"] == "ragged" else (row["kv_len"],) * row["batch"]
+            rows.append((Shape(row["heads"], lens, q_len, label=str(row["kv_len"])), row["peers_us"]))
     return rows
 
 
 def make_sets(
-    shape: Shape, *, capacity: int = 131072, device: str = "cuda", seed: int = 0, c: int = 512, r: int = 64
-) -> list[Set]:
-    """Input sets whose KV together exceeds ROTATE_BYTES; tables are `capacity` tokens wide, garbage past the end."""
+    shape: Shape, *, capacity: int = 131072, device: str = "cuda", seed: int = 0, c: int = 512, r: int = 64,
+    rotate_bytes: int = ROTATE_BYTES,
+) -> list[Set]:  # fmt: skip
+    """Input sets whose KV together exceeds `rotate_bytes`; tables are `capacity` tokens wide, garbage past the end."""
     torch.manual_seed(seed)
     page = shape.page_size
     pages = sum(-(-n // page) for n in shape.lens)
     dtype = getattr(torch, dtypes.DTYPES[shape.dtype].torch)
     set_bytes = pages * page * (c + r) * dtypes.DTYPES[shape.dtype].bytes
-    count = min(MOST_SETS, max(2, -(-ROTATE_BYTES // set_bytes)))
+    count = min(MOST_SETS, max(2, -(-rotate_bytes // set_bytes)))
     cache = torch.empty(pages * count, page, 1, c + r, dtype=dtype, device=device)
     for chunk in cache.split(4096):
         chunk.copy_(torch.randn(chunk.shape, device=device, dtype=torch.float32))
@@ -107,10 +116,7 @@ def ours(decode: Callable[..., Any], *, hinted: bool = False) -> Runner:
     """`mla_jit.decode` (handed in) as a user calls it: capacity-sized table, no hints; `hinted`: the longest length."""
 
     def run(s: Set) -> torch.Tensor:
-        hint = s.longest if hinted else None
-        out = decode(
-            s.q, s.cache, kv_lora_rank=512, sm_scale=s.scale, block_table=s.table, seq_lens=s.lens, max_kv_len=hint
-        )
+        out = decode(s.q, s.cache, **s.keywords, max_kv_len=s.longest if hinted else None)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -264,20 +270,74 @@ class Row:
 _RECORDED = {"flash_mla": "flashmla"}  # names of the peers in the recorded grid
 
 
-def peers_rows(decode: Callable[..., Any], against: Sequence[str] = (), *, runs: int = 3, rounds: int = 5,
-               hinted: bool = False) -> Iterator[Row]:  # fmt: skip
+@dataclass(frozen=True)
+class CaptureRow:
+    """A shape, in µs: captured at the table's capacity and replayed at the real length; with the exact `max_kv_len`.
+
+    `ratio`, `low`, `high`: the median, least and largest of the runs' capacity ÷ hint.
+    """
+
+    shape: str
+    capacity_us: float
+    hint_us: float
+    ratio: float
+    low: float
+    high: float
+    error: float
+
+
+CAPTURED = tuple(
+    Shape(heads, (kv_len,) * batch)
+    for heads, batch, kv_len in (
+        (16, 1, 1024), (16, 1, 16384), (16, 64, 4096), (64, 1, 4096), (64, 16, 4096), (64, 64, 1024), (128, 1, 1024),
+        (128, 1, 16384), (128, 4, 4096), (128, 64, 4096), (128, 128, 1024),
+    )
+)  # fmt: skip
+
+
+def _runs(shape: Shape, runners: dict[str, Runner], runs: int, rounds: int) -> tuple[dict[str, list[float]], Result]:
+    """`runs` times `bench`, each on fresh inputs: µs by runner, a value a run; and the result with the worst error."""
+    results = [bench(shape, runners, rounds=rounds, seed=seed) for seed in range(runs)]
+    return {name: [r.times_us[name] for r in results] for name in runners}, max(results, key=lambda r: r.error)
+
+
+def peers_rows(decode: Callable[..., Any], against: Sequence[str] = (), *, q_len: int = 1, runs: int = 3,
+               rounds: int = 5, hinted: bool = False) -> Iterator[Row]:  # fmt: skip
     """Our decode on every shape of the peers' grid, `runs` times each on fresh inputs, installed peers alternated."""
-    runners = {"mla_jit": ours(decode, hinted=hinted), **{name: PEERS[name]() for name in against}}
-    for shape, recorded in peers_grid():
-        results = [bench(shape, runners, rounds=rounds, seed=seed) for seed in range(runs)]
-        times = {name: [r.times_us[name] for r in results] for name in runners}
+    runners = {"mla_jit": ours(decode, hinted=hinted), **{name: _peer(name) for name in against}}
+    for shape, recorded in peers_grid(q_len):
+        times, worst = _runs(shape, runners, runs, rounds)
         mine = times.pop("mla_jit")
+        timed = {name: statistics.median(t) for name, t in times.items()}
         yield Row(
-            str(shape), statistics.median(mine), min(mine), max(mine), {n: statistics.median(t) for n,
-            t in times.items()},
-            recorded, results[0].roof_us, max(r.error for r in results),
-        )  # fmt: skip
+            str(shape), statistics.median(mine), min(mine), max(mine), timed, recorded, worst.roof_us, worst.error
+        )
+
+
+def _peer(name: str) -> Runner:
+    try:
+        return PEERS[name]()
+    except ImportError as error:
+        raise MlaJitError(f"{name} cannot be timed: {error}; install its package, or leave it out") from error
+
+
+def capture_rows(decode: Callable[..., Any], *, runs: int = 3, rounds: int = 7) -> Iterator[CaptureRow]:
+    """What a capture at capacity costs a replay at the real length, on the shapes CAPTURED, both in alternation."""
+    runners = {"mla_jit": ours(decode), "hint": ours(decode, hinted=True)}
+    for shape in CAPTURED:
+        times, worst = _runs(shape, runners, runs, rounds)
+        ratios = [capacity / hint for capacity, hint in zip(times["mla_jit"], times["hint"], strict=True)]
+        capacity_us, hint_us = (statistics.median(times[name]) for name in runners)
+        yield CaptureRow(
+            str(shape), capacity_us, hint_us, statistics.median(ratios), min(ratios), max(ratios), worst.error
+        )
 
 
 def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def as_json(row: Any) -> dict[str, Any]:
+    """A row of any grid: its fields, then its properties."""
+    computed = [name for name, value in vars(type(row)).items() if isinstance(value, property)]
+    return {**asdict(row), **{name: getattr(row, name) for name in computed}}

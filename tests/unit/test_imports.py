@@ -37,7 +37,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning tuning.space tuning.heuristic tuning.store",),
     ("plan",),
     ("api torch_ops", "tuning.search tuning.worker", "ahead", "explain", "trial", "doctor"),
-    ("tuning.bench",),  # times the public `decode` beside the peers
+    ("tuning.bench tuning.overhead",),  # times the public `decode` beside the peers
     ("compat", "quickstart", "support"),
     ("cli",),
 )
