@@ -1,7 +1,7 @@
 """The Triton toolchain: a kernel's text closed over what it calls, and that text compiled to a cubin or an hsaco.
 
 `closure` and `version` need no Triton: a process that finds all its binaries in the cache never imports it. Triton's
-own disk cache, launcher and autotuner are not used; `compile_source` runs its pipeline in a private directory.
+own disk cache, launcher and autotuner are not used: `compile_source` runs the stages of its backend, in any thread.
 """
 
 from __future__ import annotations
@@ -14,25 +14,52 @@ import importlib.metadata
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.errors import CompileError, IllegalArtifact
 
-_lock = threading.Lock()  # Triton's knobs are global to the process
+_lock = threading.Lock()  # of the two below
+_compiling = 0  # threads between the stages of Triton now
+_users_line_info: Any = None  # Triton's knob as it was before the first of them
 
 
-def _renew_lock() -> None:
-    """In a forked child the thread that held the lock does not exist."""
-    global _lock
+def _after_fork_in_child() -> None:
+    """In a forked child the threads that were compiling do not exist."""
+    global _lock, _compiling
     _lock = threading.Lock()
+    if _compiling:
+        _compiling = 0
+        sys.modules["triton"].knobs.compilation.disable_line_info = _users_line_info
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+@contextlib.contextmanager
+def _without_line_info() -> Iterator[None]:
+    """Paths of this machine are no part of a binary. The knob is global to the process; others find it as it was."""
+    global _compiling, _users_line_info
+    from triton import knobs
+
+    with _lock:
+        if not _compiling:
+            _users_line_info = knobs.compilation.disable_line_info
+            knobs.compilation.disable_line_info = True
+        _compiling += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _compiling -= 1
+            if not _compiling:
+                knobs.compilation.disable_line_info = _users_line_info
 
 
 FLOOR = "3.6"  # the oldest Triton whose compiler API and tensor descriptors are the ones used here
@@ -116,26 +143,24 @@ def _argument(kind: str, gluon: bool = False) -> tuple[str, list[list[Any]]]:
 def compile_source(source: Source) -> Artifact:
     """Compiles a Triton source for its target; no GPU needed. Raises CompileError or IllegalArtifact."""
     started = time.perf_counter()
-    with _lock:
-        compiled = _run_pipeline(source)
-    assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn") or ""
-    metadata = compiled.metadata
-    binary = compiled.asm.get("cubin") or compiled.asm.get("hsaco") or b""
+    stages, metadata = _run_pipeline(source)
+    assembly = stages.get("ptx") or stages.get("amdgcn") or ""
+    binary = stages.get("cubin") or stages.get("hsaco") or b""
     if not binary:
         raise CompileError(f"{source.name}: the compiler returned no binary for {source.isa}", key=source.key)
-    registers, spills = _amd_resources(assembly) if "amdgcn" in compiled.asm else _nvidia_resources(binary, source)
+    registers, spills = _amd_resources(assembly) if "amdgcn" in stages else _nvidia_resources(binary, source)
     artifact = Artifact(
         key=source.key,
         name=source.name,
         isa=source.isa,
-        entry=metadata.name,
+        entry=metadata["name"],
         binary=binary,
-        threads=metadata.num_warps * metadata.warp_size,
-        smem_bytes=metadata.shared,
+        threads=metadata["num_warps"] * metadata["warp_size"],
+        smem_bytes=metadata["shared"],
         registers=registers,
         spill_bytes=spills,
         extra={
-            "scratch_bytes": getattr(metadata, "global_scratch_size", 0),
+            "scratch_bytes": metadata.get("global_scratch_size", 0),
             "scratch_args": 2,
             "tma": _tensor_maps(source, metadata),
         },
@@ -150,16 +175,18 @@ def compile_source(source: Source) -> Artifact:
     return artifact
 
 
-def _run_pipeline(source: Source) -> Any:
-    """Triton's own pipeline on a private cache directory, so that nothing is read from or left in the user's."""
-    import triton
-    import triton.language as tl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
+def _run_pipeline(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what the last stages gave, by stage: "ptx" and "cubin" or "amdgcn" and "hsaco"; the metadata they wrote).
 
-    options = {k: v for k, v in source.options if not k.startswith("env:")}
-    backend, arch, warp_size = options.pop("backend"), options.pop("arch"), options.pop("warp_size")
+    As triton.compile does, without its cache: making a key there hashes the whole of Triton, 0.4 s a process.
+    """
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+
+    wanted = {k: v for k, v in source.options if not k.startswith("env:")}
+    target = GPUTarget(wanted.pop("backend"), wanted.pop("arch"), wanted.pop("warp_size"))
     module_name, _, name = source.locator.partition(":")
     module = importlib.import_module(module_name)
     fn = getattr(module, name)
@@ -179,27 +206,36 @@ def _run_pipeline(source: Source) -> Any:
         )
     signature = {n: "constexpr" if n in constants else kinds[n][0] for n in names}
     attributes = {(names.index(n),): attrs for n, (_, attrs) in kinds.items() if attrs}
-    unit = (GluonASTSource if gluon else ASTSource)(
-        fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
-    )
-    with (
-        tempfile.TemporaryDirectory(prefix="mla_jit-") as directory,
-        triton.knobs.cache.scope(),
-        triton.knobs.compilation.scope(),
-    ):
-        triton.knobs.cache.dir = directory
-        triton.knobs.compilation.disable_line_info = True
-        triton.knobs.compilation.always_compile = True
-        try:
-            return triton.compile(unit, target=GPUTarget(backend, arch, warp_size), options=options)
-        except Exception as error:  # Triton raises what its passes raise: RuntimeError, MLIR errors, subprocess errors
-            said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            raise CompileError(
-                f"{source.name} does not compile for {source.isa}: {said[-1]} (key {source.key[:16]}). Another config "
-                "may: see `mla-tune explain`; the full message is in the error's .log",
-                key=source.key,
-                log=str(error),
-            ) from error
+    sources = importlib.import_module("triton.experimental.gluon._runtime") if gluon else None
+    unit_of = sources.GluonASTSource if sources is not None else ASTSource
+    unit = unit_of(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    kept: dict[str, Any] = {}
+    try:
+        with _without_line_info():
+            backend = make_backend(target)
+            options = backend.parse_options({**wanted, **unit.parse_options()})
+            metadata: dict[str, Any] = {"target": target, **options.__dict__}
+            stages: dict[str, Any] = {}
+            backend.add_stages(stages, options, unit.language)
+            context = ir.context()
+            ir.load_dialects(context)
+            backend.load_dialects(context)
+            made = unit.make_ir(
+                target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+            )
+            for stage in list(stages)[list(stages).index(unit.ext) :]:
+                made = stages[stage](made, metadata)
+                if stage in ("ptx", "cubin", "amdgcn", "hsaco"):
+                    kept[stage] = made
+    except Exception as error:  # Triton raises what its passes raise: RuntimeError, MLIR errors, subprocess errors
+        said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise CompileError(
+            f"{source.name} does not compile for {source.isa}: {said[-1]} (key {source.key[:16]}). Another config "
+            "may: see `mla-tune explain`; the full message is in the error's .log",
+            key=source.key,
+            log=str(error),
+        ) from error
+    return kept, metadata
 
 
 def _nvidia_resources(cubin: bytes, source: Source) -> tuple[int, int]:
@@ -224,10 +260,10 @@ def _amd_resources(text: str) -> tuple[int, int]:
     return count.get("vgpr_count", 0), 4 * count.get("vgpr_spill_count", 0)
 
 
-def _tensor_maps(source: Source, metadata: Any) -> dict[str, dict[str, Any]]:
+def _tensor_maps(source: Source, metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By parameter: the box that the kernel copies, as the driver must encode it."""
     names = [n for n, kind in source.signature if kind.startswith("tma<")]
-    found = [dict(row) for row in getattr(metadata, "tensordesc_meta", None) or []]
+    found = [dict(row) for row in metadata.get("tensordesc_meta") or []]
     if len(names) != len(found):
         raise IllegalArtifact(
             f"{source.name}: {len(names)} tensor maps were asked for, {source.isa} made {len(found)}", key=source.key
