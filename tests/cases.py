@@ -537,6 +537,14 @@ _SPECIALISATIONS: tuple[dict[str, Any], ...] = (
     {"heads": 16, "out_dtype": "fp32", "out_view": ""},
     {"heads": 16, "lse": False, "out_view": "heads"},
     {"heads": 16, "batch_invariant": True},
+    # the same for blocks of 64 rows over whole pages of 64
+    {"heads": 64, "C": 256, "R": 64},
+    {"heads": 128, "C": 256, "R": 0, "q_len": 2},
+    {"heads": 128, "csr": True},
+    {"heads": 40, "ragged": True, "csr": True, "csr_lens": True, "index64": True},
+    {"heads": 64, "cp": (1, 3), "q_len": 2, "page": 128},
+    {"heads": 128, "kv_heads": 2},
+    {"heads": 64, "batch_invariant": True},
 )
 
 # What it meets at run time. Each specialisation gets four of these.
@@ -591,4 +599,5 @@ GPU: tuple[Case, ...] = (
     Case(heads=16, **PLAIN, lens=tuple(i * i % 700 for i in range(100))),
     Case(heads=64, **PLAIN, lens=tuple(i * 131 % 900 for i in range(300))),
     Case(heads=8, **PLAIN, lens=tuple(i * 37 % 130 for i in range(1100))),
+    Case(heads=64, **PLAIN, lens=tuple(i * i % 1700 for i in range(20))),
 )

@@ -89,6 +89,7 @@ FAR = (
     ),
     cases.Case(heads=16, lens=(900, 64), far=True, spare_pages=2**31 // (64 * 512) + 9, kv_split=True, **BF16),
     cases.Case(heads=16, lens=(900, 64), far=True, spare_pages=2**31 // (64 * 576) + 9, **{**BF16, **cases.FP8}),
+    cases.Case(heads=128, lens=(900, 64, 2000), far=True, spare_pages=2**31 // (64 * 576) + 9, **BF16),
 )
 
 

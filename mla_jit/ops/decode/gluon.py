@@ -41,8 +41,6 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return f"kv_lora_rank {p.kv_lora_rank} is not 256 or 512"
     if p.rope_dim not in (0, 64):
         return f"rope_dim {p.rope_dim} is not 0 or 64"
-    if (kinds := _unproven(p)) != "":
-        return f"{kinds}: compiled, but not yet run on a GPU in this kernel"
     if (reason := splitk._no_tma(p, config)) is not None:
         return reason
     if config["pdl"] and not target.has("pdl"):
@@ -50,17 +48,6 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     if splitk.slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     return None
-
-
-def _unproven(p: DecodeProblem) -> str:
-    """What of a problem this kernel compiles for but no GPU run has shown yet (2026-11-23)."""
-    kinds = {
-        "kv_lora_rank 256": p.kv_lora_rank != 512, "rope_dim 0": p.rope_dim != 64,
-        "several KV heads": p.num_kv_heads > 1,
-        "CSR page tables": p.paging == "csr", "ragged queries": p.ragged, "context parallelism": p.context_parallel,
-        "64-bit indices": bool(p.index64),
-    }  # fmt: skip
-    return ", ".join(kind for kind, present in kinds.items() if present)
 
 
 def default(p: DecodeProblem, target: Target) -> Config:

@@ -62,39 +62,52 @@ def _even_pieces(tiles, num_splits, min_tiles):
 
 
 @gluon.jit
-def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
+def _schedule(batch, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
               HAS_LENS: gl.constexpr, PAGE: gl.constexpr, CP: gl.constexpr, BLOCK_N: gl.constexpr,
               BATCH_POW2: gl.constexpr):  # fmt: skip
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [32, 1], [4, 1], [1, 0])
-    LINE: gl.constexpr = gl.BlockedLayout([BATCH_POW2 // 128], [32], [4], [0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([BATCH_POW2 // 32, 4], [32, 1], [1, 4], [1, 0])  # a warp has all lengths
+    LINE: gl.constexpr = gl.BlockedLayout([BATCH_POW2 // 32], [32], [4], [0])
     offs_b = gl.arange(0, BATCH_POW2, gl.SliceLayout(1, LAYOUT))
     ok = offs_b < batch
     lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
     tiles = gl.where(ok, gl.cdiv(lengths, BLOCK_N), 0)
-    total = gl.sum(tiles, 0).to(gl.int64)
-    even = gl.max(tiles, 0).to(gl.int64) * batch * 8 <= total * 9
-    if even:
-        per = _even_pieces(tiles, num_splits, min_tiles)
-        pieces = gl.where(ok, gl.maximum(gl.cdiv(tiles, per), 1), 0)
-    else:
+    total = gl.sum(tiles, 0)
+    even = gl.max(tiles, 0).to(gl.int64) * batch * 8 <= total.to(gl.int64) * 9
+    pieces = tiles
+    if not even:
+        share = gl.cdiv(total, wave)
         k = gl.arange(0, 16, gl.SliceLayout(0, LAYOUT))
-        cuts = gl.maximum(gl.cdiv(total * ((8 + 2 * (k % 4)) << (k // 4)), wave * 16), 1).to(gl.int32)
-        wanted = gl.maximum(gl.cdiv(gl.expand_dims(tiles, 1), gl.expand_dims(cuts, 0)), 1)
-        count = gl.sum(gl.where(gl.expand_dims(ok, 1), wanted, 0), 0)
-        share = gl.cdiv(total, wave).to(gl.int32)
-        time = 2 * gl.minimum(gl.cdiv(count, wave) * cuts, share + cuts) + gl.cdiv(3 * count, wave)
-        time = gl.where(count <= slots, time, 2147483647)
+        cuts = gl.maximum((share * ((8 + 2 * (k % 4)) << (k // 4)) + 15) // 16, 1)
+        inverses = gl.expand_dims(_inverse(cuts), 0)
+        count = gl.sum(gl.where(gl.expand_dims(ok, 1), _pieces(gl.expand_dims(tiles, 1), inverses), 0), 0)
+        rounds = gl.cdiv(3 * count, wave)
+        time = gl.where(count <= slots, 2 * gl.minimum(gl.cdiv(rounds, 3) * cuts, share + cuts) + rounds, 2147483647)
         best = gl.min(gl.where(time == gl.min(time, 0), k, 16), 0)  # the first of the least
-        cut = gl.sum(gl.where(k == best, cuts, 0), 0)
-        fits = gl.sum(gl.where(k == best, count, 0), 0) <= slots
-        pieces = gl.where(ok, gl.maximum(gl.cdiv(tiles, cut), 1), 0)
-        pieces = gl.where(fits, pieces, ok.to(gl.int32))
-    return gl.convert_layout(pieces, LINE), gl.convert_layout(offs_b, LINE), even
+        fits = gl.min(time, 0) < 2147483647
+        pieces = _pieces(tiles, _inverse(gl.sum(gl.where(k == best, cuts, 0), 0)))
+        pieces = gl.where(ok & fits, pieces, ok.to(gl.int32))
+    return even, gl.convert_layout(pieces, LINE), gl.convert_layout(offs_b, LINE)
+
+
+@gluon.jit
+def _inverse(cut):
+    return 0xFFFFFFFF // cut.to(gl.uint32) + (cut > 1).to(gl.uint32)
+
+
+@gluon.jit
+def _pieces(tiles, inverse):
+    return gl.umulhi(gl.maximum(tiles - 1, 0).to(gl.uint32), inverse).to(gl.int32) + 1
 
 
 @gluon.jit
 def _add(a, b):
     return a + b
+
+
+@gluon.jit
+def _zero():
+    """A 0 that the compiler does not know: what depends on it is neither hoisted nor unrolled."""
+    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -187,10 +200,11 @@ def _rescale(acc, l, m, m_new, grown, LAZY: gl.constexpr):
 
 @gluon.jit
 def _scores(b: gl.constexpr, phase, n0, z, q_smem, k_smem, full, kv_end, clear_end, row_end, qk_scale,
-            logit_cap, BOXES: gl.constexpr, STAGE: gl.constexpr, LAYOUT: gl.constexpr, ROWS: gl.constexpr,
+            logit_cap, BOXES: gl.constexpr, STAGE: gl.constexpr, LAYOUT: gl.constexpr,
             CAP: gl.constexpr):  # fmt: skip
     """S of the tile in buffer b, each box multiplied as it arrives; masked, and the tile made fit to serve as V."""
     LOG2E: gl.constexpr = 1.4426950408889634
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     s = gl.zeros([64, 64], gl.float32, LAYOUT)
     for i in gl.static_range(STAGE):
         c = _box(b, i, BOXES)
@@ -205,11 +219,11 @@ def _scores(b: gl.constexpr, phase, n0, z, q_smem, k_smem, full, kv_end, clear_e
     if n0 + 64 > clear_end:
         keys = n0 + gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
         s = gl.where(gl.expand_dims(keys, 0) < gl.expand_dims(row_end, 1), s, float("-inf"))
-    if n0 + 64 > kv_end:
-        filled = n0 + gl.arange(0, 64, gl.SliceLayout(1, ROWS)) < kv_end
-        for i in gl.static_range(BOXES // 2):
-            box = k_smem.index(b * (BOXES + 1) + 2 * i)._reinterpret(k_smem.dtype, [64, 128], k_smem.layout)
-            box.store(gl.where(gl.expand_dims(filled, 1), box.load(ROWS), 0.0))
+    if n0 + 64 > kv_end:  # two 16-bit zeros a word
+        filled = n0 + gl.arange(0, 64, gl.SliceLayout(1, WORDS)) < kv_end
+        for c in range(BOXES):
+            box = k_smem.index(b * (BOXES + 1) + c)._reinterpret(gl.int32, [64, 32], gl.NVMMASharedLayout(128, 32, 2))
+            box.store(gl.where(gl.expand_dims(filled, 1), box.load(WORDS), 0))
     return s
 
 
@@ -248,7 +262,7 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
              cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
              q_smem, k_smem, m_smem, full, empty, ready, sync,
              G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, MASKED: gl.constexpr,
-             CAP: gl.constexpr, CP: gl.constexpr, HAS_LSE: gl.constexpr, PDL: gl.constexpr,
+             CAP: gl.constexpr, CP: gl.constexpr, HAS_LSE: gl.constexpr,
              LAZY: gl.constexpr):  # fmt: skip
     LOG2E: gl.constexpr = 1.4426950408889634
     b: gl.constexpr = HALF_ID
@@ -304,14 +318,14 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
     for j in range(pairs):
         phase = j & 1
         n0 = (first_tile + 2 * j + b) * 64
-        # an opaque 0: descriptors are computed here, not kept in registers that the loop has not
-        z = gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        # so descriptors are computed here, not kept in registers that the loop has not
+        z = _zero()
         v_own = k_smem.index(z + b * (BOXES + 1) + b * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
         v_other = k_smem.index(z + o * (BOXES + 1) + b * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
         p_own = k_smem.index(z + b * (BOXES + 1) + BOXES)
         p_other = k_smem.index(z + o * (BOXES + 1) + BOXES)
         s = _scores(b, phase, n0, z, q_smem, k_smem, full, kv_end, clear_end, row_end, qk_scale, logit_cap,
-                    BOXES, STAGE, S_LAYOUT, ROWS, CAP)  # fmt: skip
+                    BOXES, STAGE, S_LAYOUT, CAP)  # fmt: skip
         if b == 0:
             p, alpha, m, l = _weights(s, scale, m, l, p_own, m_smem[0], ready[0], LAZY)
             grown, m_all = _grown(m_smem[0], m_all, LAZY)
@@ -352,7 +366,7 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
         v_last = k_smem.index(b * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
         if b == 0:
             s = _scores(0, phase, (first_tile + 2 * pairs) * 64, 0, q_smem, k_smem, full, kv_end, clear_end, row_end,
-                        qk_scale, logit_cap, BOXES, STAGE, S_LAYOUT, ROWS, CAP)  # fmt: skip
+                        qk_scale, logit_cap, BOXES, STAGE, S_LAYOUT, CAP)  # fmt: skip
             p, alpha, m, l = _weights(s, scale, m, l, k_smem.index(BOXES), m_smem[0], ready[0], LAZY)
             acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROW, assert_trivial=True), 1)
         else:
@@ -363,8 +377,6 @@ def _consume(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr
         acc = warpgroup_mma(k_smem.index(BOXES), v_last, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
-    if PDL:
-        gdc_launch_dependents()
     # each has summed the weights of its own tiles
     m_smem[2 + b].store(l)
     _barrier()
@@ -409,6 +421,8 @@ def decode_splitk_gluon(
     PAGE: gl.constexpr, BATCH_POW2: gl.constexpr, LAZY: gl.constexpr, PDL: gl.constexpr, CAUSAL: gl.constexpr,
     CAP: gl.constexpr, CP: gl.constexpr, HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row_blocks = gl.cdiv(max_q_len * G, 64)
     pid = gl.program_id(0)
     row_block = pid % row_blocks
@@ -420,7 +434,7 @@ def decode_splitk_gluon(
     pieces = 0
     even = True
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, 64, BATCH_POW2)  # fmt: skip
         if not even:
             ends = gl.associative_scan(every, 0, _add)
@@ -485,12 +499,12 @@ def decode_splitk_gluon(
                         q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block,
                         kvh, q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row,
                         cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty,
-                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
+                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, LAZY)),
             (_consume, (1, q_ptr, q_pe_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h,
                         q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, row_block,
                         kvh, q_first, q_len, length, kv_end, first_tile, last_tile, clear_end, whole, piece_row,
                         cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, m_smem, full, empty,
-                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, PDL, LAZY)),
+                        ready, sync, G, NUM_KV_HEADS, C, R, MASKED, CAP, CP, HAS_LSE, LAZY)),
             (_produce, (kv_desc, kpe_desc, pages_ptr, first_tile, last_tile, kv_col, pe_col, k_smem, full, empty,
                         C, R, PAGE)),
         ],

@@ -294,8 +294,8 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
 
 
 def _batch_pow2(p: DecodeProblem) -> int:
-    """Lanes that hold the batch's lengths; two sizes, so that few kernels are compiled."""
-    return 256 if p.batch <= 256 or not _balances(p) else _MOST_BALANCED
+    """Lanes that hold the batch's lengths; three sizes, so that few kernels are compiled. 32 need no exchange."""
+    return next(n for n in (32, 256, _MOST_BALANCED) if p.batch <= n or not _balances(p))
 
 
 def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int, int]:

@@ -69,10 +69,10 @@ def _even_pieces(tiles, num_splits, min_tiles):
 
 
 @triton.jit
-def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
+def _schedule(batch, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
               HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr,
               BATCH_POW2: tl.constexpr):  # fmt: skip
-    """How a batch is cut for `slots` programs: (pieces of each sequence, their indices, whether lengths are even).
+    """How a batch is cut for `slots` programs: (whether lengths are even; else each sequence's pieces, their indices).
 
     Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates, 1/2 to 7 times
     total/wave, the one with the least predicted time, min(waves·c, total/wave + c) + 1.5 tiles a piece and program,
@@ -82,24 +82,34 @@ def _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, indptr_ptr, l
     ok = offs_b < batch
     lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
     tiles = tl.where(ok, tl.cdiv(lengths, BLOCK_N), 0)
-    total = tl.sum(tiles, 0).to(tl.int64)
-    even = tl.max(tiles, 0).to(tl.int64) * batch * 8 <= total * 9
-    if even:
-        per = _even_pieces(tiles, num_splits, min_tiles)
-        pieces = tl.where(ok, tl.maximum(tl.cdiv(tiles, per), 1), 0)
-    else:
+    total = tl.sum(tiles, 0)
+    even = tl.max(tiles, 0).to(tl.int64) * batch * 8 <= total.to(tl.int64) * 9
+    pieces = tiles
+    if not even:
+        share = tl.cdiv(total, wave)
         k = tl.arange(0, 16)
-        cuts = tl.maximum(tl.cdiv(total * ((8 + 2 * (k % 4)) << (k // 4)), wave * 16), 1).to(tl.int32)
-        wanted = tl.where(ok[:, None], tl.maximum(tl.cdiv(tiles[:, None], cuts[None, :]), 1), 0)
-        count = tl.sum(wanted, 0)
-        share = tl.cdiv(total, wave).to(tl.int32)
-        time = 2 * tl.minimum(tl.cdiv(count, wave) * cuts, share + cuts) + tl.cdiv(3 * count, wave)
-        best = tl.argmin(tl.where(count <= slots, time, 2147483647), 0)
-        cut = tl.sum(tl.where(k == best, cuts, 0), 0)
-        fits = tl.sum(tl.where(k == best, count, 0), 0) <= slots
-        pieces = tl.where(ok, tl.maximum(tl.cdiv(tiles, cut), 1), 0)
-        pieces = tl.where(fits, pieces, ok.to(tl.int32))
-    return pieces, offs_b, even
+        cuts = tl.maximum((share * ((8 + 2 * (k % 4)) << (k // 4)) + 15) // 16, 1)
+        inverses = _inverse(cuts)
+        count = tl.sum(tl.where(ok[:, None], _pieces(tiles[:, None], inverses[None, :]), 0), 0)
+        rounds = tl.cdiv(3 * count, wave)
+        time = tl.where(count <= slots, 2 * tl.minimum(tl.cdiv(rounds, 3) * cuts, share + cuts) + rounds, 2147483647)
+        best = tl.argmin(time, 0)
+        fits = tl.min(time, 0) < 2147483647
+        pieces = _pieces(tiles, _inverse(tl.sum(tl.where(k == best, cuts, 0), 0)))
+        pieces = tl.where(ok & fits, pieces, ok.to(tl.int32))
+    return even, pieces, offs_b
+
+
+@triton.jit
+def _inverse(cut):
+    """2^32 / cut, by which `_pieces` divides many lengths with a multiplication each."""
+    return 0xFFFFFFFF // cut.to(tl.uint32) + (cut > 1).to(tl.uint32)
+
+
+@triton.jit
+def _pieces(tiles, inverse):
+    """About ceil(tiles / cut), at least 1: one off for some lengths, but the same wherever it is computed."""
+    return tl.umulhi(tl.maximum(tiles - 1, 0).to(tl.uint32), inverse).to(tl.int32) + 1
 
 
 @triton.jit
@@ -228,6 +238,8 @@ def decode_splitk(
     COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
+    if PDL:
+        gdc_launch_dependents()
     row_blocks = tl.cdiv(max_q_len * G, BLOCK_M)
     pid = tl.program_id(0)
     row_block = pid % row_blocks
@@ -241,7 +253,7 @@ def decode_splitk(
     pieces = 0
     even = True
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
             ends = tl.cumsum(every, 0)
@@ -349,8 +361,6 @@ def decode_splitk(
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
-    if PDL:
-        gdc_launch_dependents()
     whole = tiles <= per_split
     lse = m + tl.log2(l)  # base 2; -inf for a row that saw nothing
     denominator = l
@@ -398,7 +408,7 @@ def combine(
     used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles))
     first = b * num_splits
     if wave > 0:
-        every, offs_b, even = _schedule(batch, num_splits, min_tiles, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
             first = tl.sum(tl.where(offs_b < b, every, 0), 0)
