@@ -16,7 +16,8 @@ from pathlib import Path
 from mla_jit.errors import SettingsError
 
 MODES = ("serve", "strict")
-# Environment variables of the compilers that say where things are or what is printed, and change no code.
+# Environment variables of the compilers that say where things are or what is printed, and change no code; or that
+# mla_jit sets while it compiles, whatever they were.
 _NEUTRAL = (
     "CACHE",
     "HOME",
@@ -28,6 +29,7 @@ _NEUTRAL = (
     "LIBHIP",
     "STORE_BINARY",
     "ALWAYS_COMPILE",
+    "DISABLE_LINE_INFO",
 )
 
 

@@ -14,7 +14,6 @@ import importlib.metadata
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -27,16 +26,14 @@ from mla_jit.errors import CompileError, IllegalArtifact
 
 _lock = threading.Lock()  # of the two below
 _compiling = 0  # threads between the stages of Triton now
-_users_line_info: Any = None  # Triton's knob as it was before the first of them
+_knobs = contextlib.ExitStack()  # Triton's, changed while there are any
 
 
 def _after_fork_in_child() -> None:
     """In a forked child the threads that were compiling do not exist."""
     global _lock, _compiling
-    _lock = threading.Lock()
-    if _compiling:
-        _compiling = 0
-        sys.modules["triton"].knobs.compilation.disable_line_info = _users_line_info
+    _lock, _compiling = threading.Lock(), 0
+    _knobs.close()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -45,12 +42,12 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 @contextlib.contextmanager
 def _without_line_info() -> Iterator[None]:
     """Paths of this machine are no part of a binary. The knob is global to the process; others find it as it was."""
-    global _compiling, _users_line_info
+    global _compiling
     from triton import knobs
 
     with _lock:
         if not _compiling:
-            _users_line_info = knobs.compilation.disable_line_info
+            _knobs.enter_context(knobs.compilation.scope())
             knobs.compilation.disable_line_info = True
         _compiling += 1
     try:
@@ -59,7 +56,7 @@ def _without_line_info() -> Iterator[None]:
         with _lock:
             _compiling -= 1
             if not _compiling:
-                knobs.compilation.disable_line_info = _users_line_info
+                _knobs.close()
 
 
 FLOOR = "3.6"  # the oldest Triton whose compiler API and tensor descriptors are the ones used here

@@ -54,7 +54,8 @@ def default(p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone; how the combine is cut is as for decode_splitk_triton."""
     like = splitk.default(p, target)
     config = Config.of(
-        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, min_tiles=1, num_kv_splits=1,
+        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, min_tiles=1 if p.batch == 1 else 2,
+        num_kv_splits=1,
         combine_s=like.int("combine_s"), combine_h=like.int("combine_h"), combine_d=like.int("combine_d"),
         pdl=target.has("pdl"),
     )  # fmt: skip

@@ -168,11 +168,7 @@ def default(p: DecodeProblem, target: Target) -> Config:
         block_n //= 2
     if queries + stages * block_n * width + slack > target.smem_bytes:
         block_m = 16
-    table = p.batch * p.q_len * p.num_heads  # rows of the output: few want many small programs of the combine
-    if table <= 128:
-        pieces, heads, columns = (128 if table <= 64 else 64, 1, 64) if p.batch == 1 else (32, 1, 128)
-    else:
-        pieces, heads, columns = (8, 1, 512) if table <= 2112 else (4, 4, 512)
+    pieces, heads, columns = _combine_default(p)
     config = Config.of(
         NAME, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, tma=False, min_tiles=1,
         num_kv_splits=1, combine_s=pieces, combine_h=heads, combine_d=columns, masked_first=block_m < 64,
@@ -180,7 +176,18 @@ def default(p: DecodeProblem, target: Target) -> Config:
     )  # fmt: skip
     if bulk and _no_tma(p, config) is None:
         config = config.replace(tma=True)
-    return config.replace(num_kv_splits=_default_splits(p, target, config))
+    config = config.replace(num_kv_splits=_default_splits(p, target, config))
+    return config.replace(combine_s=16) if pieces == 8 and config.int("num_kv_splits") > 8 else config
+
+
+def _combine_default(p: DecodeProblem) -> tuple[int, int, int]:
+    """(pieces, heads, columns) of a program of the combine, by the rows of the output: few want many small programs."""
+    rows = p.batch * p.q_len * p.num_heads
+    if p.batch == 1 and rows <= 128:
+        return (128 if rows <= 64 else 32), 1, 64
+    if rows <= 32:
+        return 32, 1, 128
+    return (8, 1, 512) if rows <= 2112 else (4, 4, 512)
 
 
 def _row_blocks(p: DecodeProblem, config: Config) -> int:
