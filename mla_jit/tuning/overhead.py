@@ -196,7 +196,7 @@ def first_calls(directory: Path, heads: Sequence[int]) -> list[First]:
     """One call for each head count, with that cache directory and no layers; meant for a process that made none yet."""
     imports = ["cuda.bindings.driver"]
     if not any(directory.iterdir()):  # a process that finds its kernels never imports Triton
-        imports += ["triton", "triton.language", "triton.compiler"]
+        imports += ["triton", "triton.compiler", "triton.experimental.gluon._runtime"]
     for name in imports:
         with contextlib.suppress(ImportError):  # where the call needs it, it says so better
             importlib.import_module(name)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 HOME = Path(__file__).resolve().parents[2]
 OPTIONS = ("--model", "deepseek-v3", "--tp", "8", "--dtype", "bf16,fp8", "--q-len", "1,2", "--lse", "yes")
 
-# Every sequence count and length that a server meets, decoded in strict mode: a kernel that is not there is a CacheMiss.
+# What a server meets, decoded in strict mode: a kernel that is not there is a CacheMiss.
 CALLS = """
 import itertools, json, torch, mla_jit
 from mla_jit import trial

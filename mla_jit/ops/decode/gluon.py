@@ -119,7 +119,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_SPLITK_GLUON = Variant(
-    name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources, launches=launches,
-    workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
+    name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
+    launches=launches, workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
     space=SPACE,
 )  # fmt: skip
