@@ -120,6 +120,6 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 
 DECODE_SPLITK_GLUON = Variant(
     name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
-    launches=launches, workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
-    space=SPACE,
+    launches=launches, workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers,
+    offsets=splitk.workspace_offsets, space=SPACE,
 )  # fmt: skip

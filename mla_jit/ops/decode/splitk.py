@@ -426,5 +426,6 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 
 DECODE_SPLITK_TRITON = Variant(
     name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
-    launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets, space=SPACE,
+    launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
+    space=SPACE,
 )  # fmt: skip
