@@ -27,12 +27,14 @@ from mla_jit.errors import CompileError, IllegalArtifact
 _lock = threading.Lock()  # of the two below
 _compiling = 0  # threads between the stages of Triton now
 _knobs = contextlib.ExitStack()  # Triton's, changed while there are any
+# Of who parses Python, which holds the interpreter anyway: CPython before 3.12.1 builds one AST at a time (gh-106905).
+_parsing = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
     """In a forked child the threads that were compiling do not exist."""
-    global _lock, _compiling
-    _lock, _compiling = threading.Lock(), 0
+    global _lock, _parsing, _compiling
+    _lock, _parsing, _compiling = threading.Lock(), threading.RLock(), 0
     _knobs.close()
 
 
@@ -92,7 +94,9 @@ def _definitions(path: str) -> tuple[list[str], dict[str, ast.stmt]]:
     """The lines of a Python file and its module-level names with the statements that define them; parsed once."""
     text = Path(path).read_text(encoding="utf-8")
     definitions: dict[str, ast.stmt] = {}
-    for node in ast.parse(text).body:
+    with _parsing:
+        body = ast.parse(text).body
+    for node in body:
         if isinstance(node, ast.FunctionDef):
             definitions[node.name] = node
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -217,9 +221,9 @@ def _run_pipeline(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
             context = ir.context()
             ir.load_dialects(context)
             backend.load_dialects(context)
-            made = unit.make_ir(
-                target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
-            )
+            helpers, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+            with _parsing:
+                made = unit.make_ir(target, options, helpers, modules, context)
             for stage in list(stages)[list(stages).index(unit.ext) :]:
                 made = stages[stage](made, metadata)
                 if stage in ("ptx", "cubin", "amdgcn", "hsaco"):
