@@ -27,7 +27,7 @@ from mla_jit.errors import CompileError, IllegalArtifact
 _lock = threading.Lock()  # of the two below
 _compiling = 0  # threads between the stages of Triton now
 _knobs = contextlib.ExitStack()  # Triton's, changed while there are any
-# Of who parses Python, which holds the interpreter anyway: CPython before 3.12.1 builds one AST at a time (gh-106905).
+# Of who parses Python, which holds the interpreter anyway: two threads that do can end in a SystemError (CPython 3.11).
 _parsing = threading.RLock()
 
 
