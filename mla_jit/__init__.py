@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
-    "last_dispatch": "api",
-    "reload": "api", "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "Problem": "problem",
+    "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api",
+    "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "Problem": "problem",
     "Config": "config", "Settings": "settings", "configure": "settings", "errors": "", "compat": "",
 }  # fmt: skip
 __all__ = [*_HOMES]  # noqa: PLE0604  the table is the list
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from mla_jit.api import DecodePlan as DecodePlan
     from mla_jit.api import decode as decode
     from mla_jit.api import decode_plan as decode_plan
+    from mla_jit.api import export_plan as export_plan
     from mla_jit.api import last_dispatch as last_dispatch
+    from mla_jit.api import load_plan as load_plan
     from mla_jit.api import reload as reload
     from mla_jit.api import supports as supports
     from mla_jit.api import warmup as warmup

@@ -74,8 +74,8 @@ def jobs_of(problems: Iterable[Problem], target: Target) -> Plan:
 
 
 def _sources(problem: Problem, target: Target) -> tuple[Source, ...]:
-    choice = plan.choose(problem, target)
-    return choice.variant.sources(problem, target, choice.config)
+    """Of every choice that a call may make: what is tuned depends on sizes, the default too (see `_sizes`)."""
+    return tuple(s for c in plan.choices(problem, target) for s in c.variant.sources(problem, target, c.config))
 
 
 def of_any_size(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -358,23 +359,40 @@ def warmup(problems: Iterable[Problem], device: int | torch.device | None = None
 
     device: a GPU's index; the current one if absent. On a machine without a GPU the cpu target is resolved.
     """
-    if torch.cuda.is_available():
-        index = (
-            torch.cuda.current_device()
-            if device is None
-            else torch.device("cuda", device).index
-            if isinstance(device, int)
-            else device.index
-        )
-        where = target.of_device("cuda", index or 0)
-    else:
-        index, where = 0, target.here()
+    index, where = _place_of(device)
     done = []
     for problem in problems:
+        if isinstance(problem, DecodeProblem):  # a call may pass max_kv_len or leave it to the table's capacity
+            plan.executable_for(dataclasses.replace(problem, hinted=not problem.hinted), where).load(index)
         executable = plan.executable_for(problem, where)
-        executable.load(index or 0)
+        executable.load(index)
         done.append(executable.dispatch)
     return done
+
+
+def _place_of(device: int | torch.device | None) -> tuple[int, Target]:
+    if not torch.cuda.is_available():
+        return 0, target.here()
+    given = torch.device("cuda", device) if isinstance(device, int) else device
+    index = given.index if given is not None and given.index is not None else torch.cuda.current_device()
+    return index, target.of_device("cuda", index)
+
+
+def export_plan(problems: Iterable[Problem], device: int | torch.device | None = None) -> bytes:
+    """What this process would choose for the problems, for `load_plan` on other ranks: rank 0 resolves, all agree.
+
+    device: a GPU's index; the current one if absent. Compiles nothing. Raises NoVariant.
+    """
+    return plan.export(problems, _place_of(device)[1])
+
+
+def load_plan(data: bytes, device: int | torch.device | None = None) -> int:
+    """Installs an exported plan's choices, whatever this machine's tuning database says; their number.
+
+    Call it before the first decode. InvalidInput, with nothing installed, if the bytes are no plan, were made for
+    another target, are illegal here, or contradict a choice that this process has made.
+    """
+    return plan.load(data, _place_of(device)[1])
 
 
 def supports(problem: Problem | None = None, *, on: str | Target | None = None, **fields: Any) -> Support:

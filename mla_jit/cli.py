@@ -7,74 +7,23 @@ there. Nothing heavy is imported before a verb needs it: `mla-tune --help` loads
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_jit import __version__
-from mla_jit.errors import InvalidInput, MlaJitError, NoVariant, SettingsError, UnknownTarget
+from mla_jit import __version__, cli_tuning
+from mla_jit.cli_options import DONE, SHORT, positive, print_json, repeated, verb
+from mla_jit.errors import InvalidInput, MlaJitError
 
 if TYPE_CHECKING:
     from mla_jit import ahead, quickstart
     from mla_jit.problem import DecodeProblem
     from mla_jit.target import Target
-
-DONE, SHORT, USAGE = 0, 1, 2
-
-
-def _verb(function: Callable[..., int]) -> Callable[..., None]:
-    """Adds `--json`, turns the function's number into the exit code, and mla_jit's errors into messages."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of text.")
-    @functools.wraps(function)
-    def run(**options: Any) -> None:
-        try:
-            code = function(**options)
-        except MlaJitError as error:
-            code = USAGE if isinstance(error, (InvalidInput, UnknownTarget, SettingsError)) else SHORT
-            if options["as_json"]:
-                extra = {"reasons": error.reasons} if isinstance(error, NoVariant) else {}
-                _print_json({"ok": False, "error": type(error).__name__, "message": str(error), **extra})
-            else:
-                click.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(code)
-
-    return run
-
-
-def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=1, ensure_ascii=False, default=str))
-
-
-def _list(kind: Callable[[str], Any]) -> Callable[[Any, Any, tuple[str, ...]], tuple[Any, ...]]:
-    """An option that may be repeated and may hold commas: a flat tuple."""
-
-    def parse(context: Any, parameter: Any, values: tuple[str, ...]) -> tuple[Any, ...]:
-        try:
-            return tuple(kind(part.strip()) for value in values for part in value.split(",") if part.strip())
-        except ValueError as error:
-            raise click.BadParameter(str(error)) from None
-
-    return parse
-
-
-def _repeated(flag: str, kind: Callable[[str], Any], text: str, **more: Any) -> Callable[..., Any]:
-    return click.option(
-        flag, multiple=True, callback=_list(kind), help=f"{text} Repeat, or separate by commas.", **more
-    )
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError(f"{number} is not positive")
-    return number
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -88,7 +37,7 @@ def main() -> None:
 
 @main.command("quickstart")
 @click.option("--cross/--no-cross", default=True, show_default=True, help="Cross-compile for other architectures too.")
-@_verb
+@verb
 def _quickstart(cross: bool, as_json: bool) -> int:
     """Run one decode call here, judge it, and show where its time went.
 
@@ -99,7 +48,7 @@ def _quickstart(cross: bool, as_json: bool) -> int:
 
     report = quickstart.run(cross=cross, say=lambda text: click.echo(f"… {text}", err=True))
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         _show_quickstart(report)
     return DONE if report.ok else SHORT
@@ -152,23 +101,23 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 @main.command("compile")
-@_repeated("--target", str, "A row of configs/targets.yaml; this machine's if absent.")
+@repeated("--target", str, "A row of configs/targets.yaml; this machine's if absent.")
 @click.option("--model", required=True, help="A row of configs/models.yaml.")
 @click.option(
     "--tp", type=click.IntRange(1), default=1, show_default=True, help="Tensor-parallel ranks that share the heads."
 )
-@_repeated(
+@repeated(
     "--dtype", str, "bf16, fp16, fp8 (a cache of the target's fp8, q bf16), fp8xfp8, or QxCACHE; the model's if absent."
 )
-@_repeated("--page-size", _positive, "Tokens a page.", default=("64",), show_default=True)
-@_repeated(
+@repeated("--page-size", positive, "Tokens a page.", default=("64",), show_default=True)
+@repeated(
     "--q-len",
-    _positive,
+    positive,
     "Query tokens a sequence (the bound of a ragged batch).",
     default=("1", "2"),
     show_default=True,
 )
-@_repeated("--paging", str, "table, csr (no seq_lens), csr+lens.", default=("table", "csr"), show_default=True)
+@repeated("--paging", str, "table, csr (no seq_lens), csr+lens.", default=("table", "csr"), show_default=True)
 @click.option(
     "--lse",
     type=click.Choice(["both", "yes", "no"]),
@@ -203,7 +152,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 @click.option("--max-kv-len", type=click.IntRange(1), help="Longest sequence; the model's if absent.")
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Compilers at a time; the usable CPUs if absent.")
 @click.option("--verbose", "-v", is_flag=True, help="List every kernel.")
-@_verb
+@verb
 def _compile(
     target: tuple[str, ...], model: str, tp: int, dtype: tuple[str, ...], page_size: tuple[int, ...],
     q_len: tuple[int, ...], paging: tuple[str, ...], lse: str, ragged: str, scales: str, causal: bool,
@@ -237,7 +186,7 @@ def _compile(
     if as_json:
         kernels = [_kernel_json(done) for done in built]
         problems_seen = sum(plan.problems for plan in plans)
-        _print_json(
+        print_json(
             {
                 "ok": ok,
                 "model": row.name,
@@ -358,7 +307,7 @@ def _show_compiled(built: list[ahead.Built], refused: dict[str, str], seconds: f
 @click.option("--kv-scale", is_flag=True, help="kv_scale is a device tensor.")
 @click.option("--q-scale", is_flag=True, help="q_scale is a device tensor.")
 @click.option("--build/--no-build", default=True, show_default=True, help="Compile kernels that are not in the cache.")
-@_verb
+@verb
 def _explain(target: str | None, build: bool, as_json: bool, **options: Any) -> int:
     """Say which kernel serves a decode problem, with which config, from where, and why no other."""
     from mla_jit import explain
@@ -367,7 +316,7 @@ def _explain(target: str | None, build: bool, as_json: bool, **options: Any) -> 
     there = targets.by_name(target) if target is not None else targets.here()
     found = explain.explain(_problem(there, **options), there, build=build)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
         _show_explanation(found)
     return DONE if found.ok else SHORT
@@ -400,7 +349,7 @@ def _show_explanation(found: Any) -> None:
     click.echo(f"{found.problem}\non {found.target} ({found.device})\n")
     click.echo(f"variant  {found.variant} (backend {found.backend})")
     click.echo(f"config   {', '.join(f'{k}={v}' for k, v in found.config.items())}")
-    click.echo(f"from     {found.provenance}")
+    click.echo(f"from     {found.provenance}{': ' if found.why else ''}{found.why}")
     cost = found.cost
     click.echo(
         f"model    {cost.bytes / 1e6:.2f} MB, {cost.flops / 1e9:.2f} GFLOP, {cost.programs} programs, "
@@ -431,7 +380,7 @@ def _show_explanation(found: Any) -> None:
     "--prove", is_flag=True, help="Compile every cell, run those of this machine, and write the evidence file."
 )
 @click.option("--only", multiple=True, help="With --prove: only this target. Repeat for more.")
-@_verb
+@verb
 def _support(markdown: bool, prove: bool, only: tuple[str, ...], as_json: bool) -> int:
     """Show what is supported: op × dtypes × target × backend.
 
@@ -453,7 +402,7 @@ def _support(markdown: bool, prove: bool, only: tuple[str, ...], as_json: bool) 
     ok = not failures and not unproven
     if as_json:
         failed = [{**asdict(cell), "error": error} for cell, error in failures.items()]
-        _print_json({"ok": ok, "cells": support.as_json(cells), "failures": failed})
+        print_json({"ok": ok, "cells": support.as_json(cells), "failures": failed})
         return DONE if ok else SHORT
     click.echo(support.markdown(cells), nl=False)
     for cell, error in failures.items():
@@ -470,14 +419,14 @@ def _support(markdown: bool, prove: bool, only: tuple[str, ...], as_json: bool) 
 
 
 @main.command("doctor")
-@_verb
+@verb
 def _doctor(as_json: bool) -> int:
     """Examine this machine: versions, GPU, driver, cache, settings; each fault with its remedy."""
     from mla_jit import doctor
 
     checks = doctor.examine()
     if as_json:
-        _print_json(doctor.as_json(checks))
+        print_json(doctor.as_json(checks))
     else:
         doctor.render(checks, click.echo)
     return SHORT if any(check.status == "fault" for check in checks) else DONE
@@ -513,13 +462,13 @@ _GRIDS = {
 
 @main.command("bench")
 @click.option("--grid", type=click.Choice(list(_GRIDS)), default="peers", show_default=True, help="What to time.")
-@_repeated("--against", str, "A peer to time in the same run, if its package imports: flash_mla.")
+@repeated("--against", str, "A peer to time in the same run, if its package imports: flash_mla.")
 @click.option(
     "--runs", type=click.IntRange(1), default=3, show_default=True,
     help="Runs on fresh inputs (first-call: in fresh processes); the median counts.",
 )  # fmt: skip
 @click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
-@_verb
+@verb
 def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, as_json: bool) -> int:
     """Time `decode` on the GPU on the shapes where peers were measured, or what a call costs beside its kernels.
 
@@ -564,7 +513,7 @@ def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, 
     elif grid == "capture":
         summary["worst_ratio"] = max(row.ratio for row in rows)
     if as_json:
-        _print_json({
+        print_json({
             "ok": True, "device": device, "torch": torch.__version__, "grid": grid, "runs": runs, **summary,
             "rows": [bench.as_json(row) for row in rows],
         })  # fmt: skip
@@ -609,7 +558,7 @@ def _cache() -> None:
 
 
 @_cache.command("ls")
-@_verb
+@verb
 def _cache_ls(as_json: bool) -> int:
     """List the kernels of all layers."""
     from mla_jit.compile import cache
@@ -617,7 +566,7 @@ def _cache_ls(as_json: bool) -> int:
     entries = cache.entries()
     ok = all(entry.ok for entry in entries)
     if as_json:
-        _print_json(
+        print_json(
             {"ok": ok, "root": cache.root(), "entries": [{**asdict(entry), "ok": entry.ok} for entry in entries]}
         )
         return DONE if ok else SHORT
@@ -635,7 +584,7 @@ def _cache_ls(as_json: bool) -> int:
 
 @_cache.command("verify")
 @click.option("--fix", is_flag=True, help="Evict bad entries of the writable root.")
-@_verb
+@verb
 def _cache_verify(fix: bool, as_json: bool) -> int:
     """Read every entry and compare it with its manifest. Exit code 1 if a bad one remains."""
     from mla_jit.compile import cache
@@ -643,7 +592,7 @@ def _cache_verify(fix: bool, as_json: bool) -> int:
     faults = cache.verify(fix=fix)
     ok = all(fault.fixed for fault in faults)
     if as_json:
-        _print_json({"ok": ok, "entries": len(cache.entries()), "faults": [asdict(fault) for fault in faults]})
+        print_json({"ok": ok, "entries": len(cache.entries()), "faults": [asdict(fault) for fault in faults]})
         return DONE if ok else SHORT
     for fault in faults:
         click.echo(f"{'evicted' if fault.fixed else 'BAD'} {fault.path}: {fault.reason}")
@@ -654,7 +603,7 @@ def _cache_verify(fix: bool, as_json: bool) -> int:
 @_cache.command("gc")
 @click.option("--max-age-days", type=click.FloatRange(0), help="Remove what was not used for so long.")
 @click.option("--max-mb", type=click.FloatRange(0), help="Then remove the longest unused beyond this size.")
-@_verb
+@verb
 def _cache_gc(max_age_days: float | None, max_mb: float | None, as_json: bool) -> int:
     """Remove old kernels, and what killed processes left behind."""
     from mla_jit.compile import cache
@@ -662,7 +611,7 @@ def _cache_gc(max_age_days: float | None, max_mb: float | None, as_json: bool) -
     max_age_s = None if max_age_days is None else max_age_days * 86400.0
     found = cache.gc(max_age_s, None if max_mb is None else int(max_mb * 1e6))
     if as_json:
-        _print_json({"ok": True, **asdict(found), "size_bytes": found.size_bytes})
+        print_json({"ok": True, **asdict(found), "size_bytes": found.size_bytes})
     else:
         click.echo(
             f"removed {len(found.entries)} kernels ({found.size_bytes / 1e6:.1f} MB), {found.staging} abandoned "
@@ -673,7 +622,7 @@ def _cache_gc(max_age_days: float | None, max_mb: float | None, as_json: bool) -
 
 @_cache.command("clear")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-@_verb
+@verb
 def _cache_clear(yes: bool, as_json: bool) -> int:
     """Remove all kernels of the writable root."""
     from mla_jit.compile import cache
@@ -685,7 +634,7 @@ def _cache_clear(yes: bool, as_json: bool) -> int:
         click.confirm(f"Remove every kernel in {root}?", abort=True)
     removed = cache.clear()
     if as_json:
-        _print_json({"ok": True, "root": root, "removed": removed})
+        print_json({"ok": True, "root": root, "removed": removed})
     else:
         click.echo(f"removed {removed} kernels from {root}")
     return DONE
@@ -694,6 +643,9 @@ def _cache_clear(yes: bool, as_json: bool) -> int:
 def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
+
+for _command in cli_tuning.VERBS:
+    main.add_command(_command)
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ MlaJitError
 │   └── IllegalArtifact                      it compiled, but the result cannot run on the target
 ├── CacheMiss           (also RuntimeError)  strict mode, or under graph capture: not compiled ahead
 ├── LaunchError         (also RuntimeError)  the driver refused to load or to launch
+├── StoreError          (also RuntimeError)  a tuning database that cannot be opened, read or written
 └── SettingsError       (also ValueError)    a setting or environment variable that cannot be understood
 """
 
@@ -57,6 +58,10 @@ class CacheMiss(MlaJitError, RuntimeError):
 
 class LaunchError(MlaJitError, RuntimeError):
     """The driver refused to load a module or to launch a kernel."""
+
+
+class StoreError(MlaJitError, RuntimeError):
+    """A tuning database that cannot be opened, read or written: too new, damaged, locked, not one at all."""
 
 
 class SettingsError(MlaJitError, ValueError):

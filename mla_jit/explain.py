@@ -42,6 +42,7 @@ class Explanation:
     backend: str
     config: dict[str, Any]
     provenance: str
+    why: str
     rejected: dict[str, str]
     workspace_bytes: int
     cost: Cost
@@ -67,7 +68,7 @@ def explain(problem: Problem, target: Target, *, build: bool = True) -> Explanat
     variant, config = choice.variant, choice.config
     result = Explanation(
         problem=problem, target=target.name, device=target.device, variant=variant.name, backend=variant.backend,
-        config=dict(config), provenance=choice.provenance, rejected=choice.rejected,
+        config=dict(config), provenance=choice.provenance, why=choice.why, rejected=choice.rejected,
         workspace_bytes=variant.workspace_bytes(problem, target, config), cost=variant.cost(problem, target, config),
     )  # fmt: skip
     for source in variant.sources(problem, target, config):

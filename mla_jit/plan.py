@@ -5,33 +5,42 @@ A choice is frozen at its first resolve in a process. `supports` and `Dispatch` 
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from mla_jit import launch, ops
-from mla_jit.compile import cache
+from mla_jit.compile import cache, triton
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
-from mla_jit.errors import CacheMiss, CompileError, NoVariant
+from mla_jit.errors import CacheMiss, CompileError, InvalidInput, NoVariant
 from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import Problem
 from mla_jit.target import Target
+from mla_jit.tuning import store
+from mla_jit.tuning.rows import PROBLEMS
 
 _MOST = 8192  # resolved problems kept; sizes are bucketed, so a serving process has hundreds
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A variant with a config for a problem: where the config came from, and why the others were not taken."""
+    """A variant with a config for a problem: where the config came from, and why the others were not taken.
+
+    provenance: "measured", "imported", "stale", "neighbour" or "predicted", of a row of the tuning database that `why`
+    names; else "default".
+    """
 
     variant: Variant
     config: Config
-    provenance: str  # "default"
+    provenance: str
     rejected: dict[str, str]
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Dispatch:
     backend: str
     config: Config
     provenance: str
+    why: str
     rejected: dict[str, str]
     kernels: tuple[Artifact, ...]
     origins: tuple[str, ...]
@@ -56,6 +66,7 @@ class Dispatch:
 
     def __str__(self) -> str:
         lines = [f"{self.variant} on {self.target}: {self.problem}", f"  config ({self.provenance}): {self.config}"]
+        lines += [f"  {self.why}"] if self.why else []
         for kernel, origin in zip(self.kernels, self.origins, strict=True):
             lines.append(
                 f"  {kernel.name}: {origin}, {kernel.registers} registers, {kernel.spill_bytes} B spilled, "
@@ -78,6 +89,105 @@ class Support:
 
 
 def choose(problem: Problem, target: Target) -> Choice:
+    """What `load` installed; else the tuning database's config for the problem, else the default. Raises NoVariant."""
+    if (installed := _installed.get((problem, target.name))) is not None:
+        return installed
+    default = analytic(problem, target)
+    rows, legal = _rows(problem, target)
+    found = store.lookup(
+        problem, target, legal, _revisions(rows), _toolchain(), hinted=getattr(problem, "hinted", True)
+    )
+    if found is None:
+        return default
+    rejected = {
+        name: reason
+        for name, reason in {**default.rejected, default.variant.name: "another row of the tuning database"}.items()
+        if name != found.config.variant
+    }
+    return Choice(rows[found.config.variant], found.config, found.provenance, rejected, found.why)
+
+
+def choices(problem: Problem, target: Target) -> list[Choice]:
+    """All that `choose` may give for this kind of problem in any batch and length: the default, and tuned configs."""
+    rows, legal = _rows(problem, target)
+    tuned = store.configs(problem, target, legal, _revisions(rows), _toolchain())
+    found = [Choice(rows[config.variant], config, "tuned", {}) for config in tuned if legal(config) is None]
+    return [analytic(problem, target), *found]
+
+
+def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callable[[Config], str | None]]:
+    """The op's variants by name, and why a stored config cannot serve the problem today."""
+    rows = {variant.name: variant for variant in ops.variants(problem.op)}
+
+    def legal(config: Config) -> str | None:
+        variant = rows.get(config.variant)
+        if variant is None:
+            return f"there is no variant {config.variant}"
+        if set(config) != set(variant.default(problem, target)):
+            return f"{variant.name} has other tunables by now"
+        return variant.rejects(problem, target, config)
+
+    return rows, legal
+
+
+def _revisions(rows: dict[str, Variant]) -> dict[str, int]:
+    return {name: variant.revision for name, variant in rows.items()}
+
+
+def export(problems: Iterable[Problem], target: Target) -> bytes:
+    """The choices of these problems as bytes for `load` in other processes. Raises NoVariant."""
+    rows = []
+    for problem in problems:
+        choice = choose(problem, target)
+        row = {"problem": problem.fields(), "config": choice.config.to_json(), "why": choice.why}
+        rows.append({**row, "provenance": choice.provenance})
+    return json.dumps({"plan": 1, "target": target.name, "device": target.device, "choices": rows}).encode()
+
+
+def load(data: bytes, target: Target) -> int:
+    """Installs the choices of an exported plan for this process, before any resolve of them; their number.
+
+    InvalidInput, with nothing installed, for what is no plan, one for another target, or a choice that is illegal here
+    or contradicts one that this process has made.
+    """
+    try:
+        text = json.loads(data)
+        version, made_for, rows = text["plan"], text["target"], text["choices"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidInput(f"these bytes are no plan of mla_jit.export_plan: {error!r}") from error
+    if version != 1 or made_for != target.name:
+        raise InvalidInput(f"the plan is of format {version} for {made_for}; here are format 1 and {target.name}")
+    found: dict[tuple[Problem, str], Choice] = {}
+    for row in rows:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["problem"].items()}
+        problem, config = PROBLEMS[fields["op"]](**fields), Config.from_json(row["config"])
+        variant = next((v for v in ops.variants(problem.op) if v.name == config.variant), None)
+        reason = "no such variant" if variant is None else variant.rejects(problem, target, config)
+        if variant is None or reason is not None:
+            raise InvalidInput(
+                f"the plan's {config} for {problem} is illegal here: {reason}; export it on a like device"
+            )
+        made = _memo.get((problem, target))
+        if made is not None and made.config != config:
+            raise InvalidInput(
+                f"{problem} is resolved already, as {made.config}, the plan says {config}; load plans before the first "
+                "call, or call mla_jit.reload() first"
+            )
+        found[problem, target.name] = Choice(
+            variant, config, row["provenance"], {}, f"{row['why']} (loaded plan)".strip()
+        )
+    _installed.update(found)
+    return len(found)
+
+
+def _toolchain() -> str:
+    try:
+        return triton.version()
+    except CompileError:
+        return ""
+
+
+def analytic(problem: Problem, target: Target) -> Choice:
     """The cheapest variant, by its own model, that accepts the problem with its default config. Raises NoVariant."""
     rejected: dict[str, str] = {}
     best: tuple[float, Variant, Config] | None = None
@@ -148,6 +258,7 @@ class Executable:
 
 
 _memo: dict[tuple[Problem, Target], Executable] = {}
+_installed: dict[tuple[Problem, str], Choice] = {}
 _lock = threading.Lock()
 
 
@@ -181,7 +292,8 @@ def make(problem: Problem, target: Target, choice: Choice, *, forbid_compile: st
     dispatch = Dispatch(
         problem=problem, target=target.name, variant=choice.variant.name, backend=choice.variant.backend,
         config=choice.config,
-        provenance=choice.provenance, rejected=choice.rejected, kernels=tuple(artifacts), origins=tuple(origins),
+        provenance=choice.provenance, why=choice.why, rejected=choice.rejected, kernels=tuple(artifacts),
+        origins=tuple(origins),
         workspace_bytes=choice.variant.workspace_bytes(problem, target, choice.config), compile_s=compile_s,
         resolve_s=time.perf_counter() - started,
     )  # fmt: skip
@@ -197,6 +309,8 @@ def _build(source: Source, problem: Problem, forbid_compile: str | None) -> tupl
 
 
 def forget() -> None:
-    """Drops all resolved executables of the process: the next calls resolve again (for tests and `reload`)."""
+    """Drops all resolved and installed choices of the process: the next calls resolve again, with newer tuning rows."""
     with _lock:
         _memo.clear()
+        _installed.clear()
+    store.forget()

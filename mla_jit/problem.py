@@ -48,8 +48,9 @@ class DecodeProblem(Problem):
     ("table": padded [B, pages]; "csr": kv_indptr + kv_indices), has_lens (seq_lens given), ragged (qo_indptr given),
     misaligned (names of operands whose base or strides are not multiples of 16 bytes), flat_pages (a token's place is
     (page · page_size + slot) · token stride, as a bulk copy needs), index64 (page table or lengths are int64).
-    How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity),
-    total_kv (a hint, or None), num_kv_splits (the caller's wish, or None), batch_invariant.
+    How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity), hinted
+    (max_kv_len or total_kv came from the caller), total_kv (or None), num_kv_splits (the caller's wish, or None),
+    batch_invariant.
     """
 
     op: str = "decode"
@@ -79,6 +80,7 @@ class DecodeProblem(Problem):
     batch: int = 1
     q_len: int = 1
     max_kv_len: int = 4096
+    hinted: bool = False
     total_kv: int | None = None
     num_kv_splits: int | None = None
     batch_invariant: bool = False

@@ -45,6 +45,7 @@ class Settings:
     lock_timeout_s: how long to wait for another process that compiles the same key before compiling beside it.
     target: a row of configs/targets.yaml to use instead of the detected one.
     failpoint: for tests, "name=action" (see compile/cache.py).
+    tuning_db: the user's tuning database; None means `tuning.db` in the user's cache directory.
     """
 
     cache_dir: Path | None = None
@@ -55,6 +56,7 @@ class Settings:
     lock_timeout_s: float = 120.0
     target: str | None = None
     failpoint: str | None = None
+    tuning_db: Path | None = None
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -79,7 +81,7 @@ class Settings:
 
 def _parse(variable: str, name: str, text: str) -> object:
     try:
-        if name == "cache_dir":
+        if name in ("cache_dir", "tuning_db"):
             return Path(text).expanduser()
         if name == "cache_layers":
             return tuple(Path(p).expanduser() for p in text.split(os.pathsep) if p)

@@ -21,7 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = "{m for m in sys.modules if m.split('.')[0] in ('torch', 'triton', 'cuda', 'numpy', 'pynvml', 'amdsmi', 'hip')}"
 
 PUBLIC = {
-    "decode", "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "Dispatch", "Support",
+    "decode", "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "export_plan", "load_plan",
+    "Dispatch", "Support",
     "DecodeProblem", "Problem", "Config", "Settings", "configure", "errors", "compat",
 }  # fmt: skip
 
@@ -34,18 +35,20 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("compile",),
     ("launch",),
     ("ops",),
-    ("tuning tuning.space tuning.heuristic tuning.store",),
+    ("tuning tuning.rows tuning.space tuning.heuristic tuning.store",),
     ("plan",),
-    ("api torch_ops", "tuning.search tuning.worker", "ahead", "explain", "trial", "doctor"),
-    ("tuning.bench tuning.overhead",),  # times the public `decode` beside the peers
+    ("api torch_ops", "tuning.search", "ahead", "explain", "trial", "doctor"),
+    ("tuning.bench tuning.overhead tuning.worker",),  # times the public `decode` beside the peers
+    ("tuning.sweep",),
     ("compat", "quickstart", "support"),
-    ("cli",),
+    ("cli cli_options cli_tuning",),
 )
 # These describe kernels and compile them; nothing of them may need torch.
 LIGHT = (
     "errors", "settings", "resources", "dtypes", "target", "layouts", "problem", "config", "models", "compile.cache",
     "compile.child", "compile.artifact", "launch", "launch.base", "launch.null", "ops", "ops.variant",
-    "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "plan", "ahead", "explain", "cli",
+    "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "tuning.rows", "tuning.store", "plan", "ahead",
+    "explain", "cli",
 )  # fmt: skip
 
 

@@ -16,7 +16,11 @@ import mla_jit
 from mla_jit import resources
 
 ROOT = Path(__file__).parents[2]
-DISTRIBUTION = {"yaml": "pyyaml", "cuda": "cuda-bindings"}  # where the import's name is another
+DISTRIBUTION = {
+    "yaml": "pyyaml",
+    "cuda": "cuda-bindings",
+    "sqlite_utils": "sqlite-utils",
+}  # where the import's name is another
 # cuda-bindings and triton come with a GPU build of torch (pyproject.toml says why triton is an extra); numpy with the
 # interpreter's tests; flash_mla is a peer that a benchmark compares with where it is installed.
 NOT_DECLARED = {"cuda-bindings", "triton", "numpy", "flash_mla"}

@@ -310,6 +310,7 @@ def test_a_problem_describes_its_call() -> None:
         q_len=5,
         max_kv_len=128,
         total_kv=256,
+        hinted=True,
         num_kv_splits=3,
         batch_invariant=True,
     )

@@ -225,8 +225,9 @@ def decode_inputs(
         has_lens=seq_lens is not None, ragged=ragged, causal=causal, soft_cap=logit_cap > 0, sinks=sinks is not None,
         lse=return_lse or lse is not None, q_scale=q_scale is not None, kv_scale=kv_scale is not None,
         context_parallel=cp_world > 1, misaligned=misaligned, flat_pages=_flat(buffers), index64=index64, batch=batch,
-        q_len=q_len, max_kv_len=capacity, total_kv=None if total_kv is None else bucket(total_kv),
-        num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
+        q_len=q_len, max_kv_len=capacity, hinted=max_kv_len is not None or total_kv is not None,
+        total_kv=None if total_kv is None else bucket(total_kv), num_kv_splits=num_kv_splits,
+        batch_invariant=batch_invariant,
     )  # fmt: skip
 
     rope_q = parts[1] if q_split else q0[..., rank:]

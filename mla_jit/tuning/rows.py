@@ -1,0 +1,102 @@
+"""`Trial`: one config of one variant, timed or predicted for one problem on one device. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from mla_jit.config import Config
+from mla_jit.errors import InvalidInput
+from mla_jit.problem import DecodeProblem
+
+OK = "ok"
+# What a candidate may end as beside "ok"; none of these ever wins.
+FAULTS = (
+    "illegal", "compile_error", "compiler_abort", "too_many_resources", "wrong", "nan", "illegal_access", "hang",
+    "out_of_memory", "error",
+)  # fmt: skip
+PROVENANCES = ("measured", "imported", "predicted")  # best first
+PROBLEMS = {"decode": DecodeProblem}  # by op
+SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A row of the tuning database. Times in µs a call.
+
+    `device` is the device's name as `Target.device` has it, `revision` the variant's at the time; `median_us` and
+    `spread_us` (max - min over rounds) are None unless status is "ok". `default_us` is the default config's time in the
+    same session. `source_hash` is the first 16 characters of the stage-1 Source's key, `policy` says how it was timed,
+    `command` what ran it. `note` explains a fault, in one line.
+    """
+
+    problem: DecodeProblem
+    config: Config
+    target: str
+    device: str
+    revision: int
+    status: str = OK
+    median_us: float | None = None
+    spread_us: float | None = None
+    default_us: float | None = None
+    rel_l2: float | None = None
+    registers: int | None = None
+    spill_bytes: int | None = None
+    smem_bytes: int | None = None
+    source_hash: str = ""
+    toolchain: str = ""
+    driver: str = ""
+    torch: str = ""
+    effort: int = 2  # of the measurement; only those of the playoff, 2, are compared between configs
+    policy: str = ""
+    command: str = ""
+    provenance: str = "measured"
+    created: str = ""  # UTC, ISO 8601, seconds
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status != OK and self.status not in FAULTS:
+            raise InvalidInput(f"status {self.status!r} is unknown; use {OK} or {', '.join(FAULTS)}")
+        if self.provenance not in PROVENANCES:
+            raise InvalidInput(f"provenance {self.provenance!r} is unknown; use {', '.join(PROVENANCES)}")
+        if (self.status == OK) != (self.median_us is not None):
+            raise InvalidInput("median_us is there exactly where status is ok")
+
+    @property
+    def op(self) -> str:
+        return self.problem.op
+
+    @property
+    def variant(self) -> str:
+        return self.config.variant
+
+    def to_json(self) -> str:
+        """One line, keys sorted; fields of the problem that have their default are left out."""
+        data: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("problem", "config")
+        }
+        plain = DecodeProblem(num_heads=1).fields()
+        data["problem"] = {k: v for k, v in self.problem.fields().items() if k == "num_heads" or v != plain[k]}
+        data["problem"]["op"] = self.problem.op
+        data["config"] = json.loads(self.config.to_json())
+        return json.dumps(data, sort_keys=True, separators=(", ", ": "))
+
+    @classmethod
+    def from_json(cls, text: str) -> Trial:
+        """InvalidInput for what is no trial."""
+        try:
+            data = json.loads(text)
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("problem").items()}
+            problem = PROBLEMS[fields["op"]](**fields)
+            config = Config.from_json(json.dumps(data.pop("config")))
+            return cls(problem=problem, config=config, **data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
+
+
+def slug(device: str) -> str:
+    """The directory of a device's shipped rows: "NVIDIA H200" → "nvidia_h200"."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")

@@ -1,0 +1,201 @@
+"""Which configs of a problem are worth measuring: the product of configs/spaces/<op>.yaml, less what changes nothing.
+
+Legality is the variants' own `rejects` and nothing else. Imports neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from mla_jit import resources
+from mla_jit.config import Config, Value
+from mla_jit.errors import InvalidInput
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.target import Target
+
+Space = Mapping[str, Any]  # a variant's rows of the YAML file
+_CUT = ("num_kv_splits", "min_tiles")  # numbers of the launch: no other kernel
+_COMBINE = ("combine_s", "combine_h", "combine_d")  # of the second kernel
+_LEAST_COMBINE = 8  # pieces that a program of the combine may hold however few there are
+_MOST_ROUNDS = 16  # of a program of the combine over its pieces
+
+
+def load(op: str = "decode") -> dict[str, Space]:
+    """The spaces of an op by variant, as configs/spaces/<op>.yaml has them."""
+    found: dict[str, Space] = resources.load_yaml("configs", "spaces", f"{op}.yaml")
+    return found
+
+
+def candidates(
+    problem: DecodeProblem, target: Target, variants: Sequence[Variant], spaces: Mapping[str, Space] | None = None
+) -> list[Config]:
+    """The legal configs to choose from, each different in its kernels or in how it cuts a sequence.
+
+    First the default (of the variant that its own model says is fastest), then the other variants' defaults, then the
+    product of each space in the order of `variants` and of the file. The same list wherever it is made. Empty where no
+    variant accepts the problem; a variant without a space has its default alone. InvalidInput for a space that names an
+    unknown tunable or rule.
+    """
+    spaces = load(problem.op) if spaces is None else spaces
+    defaults = [(variant, variant.default(problem, target)) for variant in variants]
+    ranked = sorted(defaults, key=lambda pair: pair[0].cost(problem, target, pair[1]).time_us)
+    found: dict[tuple[Any, ...], Config] = {}
+    seen = {variant.name: _Identity(problem, target, variant, default) for variant, default in defaults}
+    for variant, config in itertools.chain(ranked, _products(problem, target, defaults, spaces)):
+        if variant.rejects(problem, target, config) is None:
+            found.setdefault(seen[variant.name].of(config), config)
+    return list(found.values())
+
+
+def _products(
+    problem: DecodeProblem, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
+) -> Iterator[tuple[Variant, Config]]:
+    for variant, default in defaults:
+        if (space := spaces.get(variant.name)) is not None:
+            for config in _product(problem, target, variant, default, space):
+                yield variant, config
+
+
+def pieces(problem: DecodeProblem, target: Target, variant: Variant, config: Config) -> int:
+    """Into how many pieces a sequence is cut; 1 if it is not. From the numbers that the kernels are given.
+
+    All sequences are taken for equally long, as they are when a config is measured: `length` tokens.
+    """
+    numbers = variant.numbers(problem, target, config)
+    if "num_splits" not in numbers:  # a host variant
+        return config.int("num_kv_splits") if "num_kv_splits" in config else 1
+    tiles = _tiles(problem, config)
+    return -(-tiles // max(-(-tiles // numbers["num_splits"]), numbers["min_tiles"]))
+
+
+def length(problem: DecodeProblem) -> int:
+    """Tokens of a sequence: its share of the total, where the caller gave that, else the bound."""
+    if problem.total_kv is None:
+        return problem.max_kv_len
+    return min(problem.max_kv_len, -(-problem.total_kv // max(1, problem.batch)))
+
+
+def _tiles(problem: DecodeProblem, config: Config) -> int:
+    return max(1, -(-length(problem) // config.int("block_n")))
+
+
+class _Identity:
+    """What of a variant's configs makes a difference for a problem; configs of equal identity do the same work.
+
+    The kernels stand for the tunables that are compiled in. Each part is asked for once: the first kernel does not
+    depend on how partials are combined, nor the others on anything but that and, alike for all, on the first.
+    """
+
+    def __init__(self, problem: DecodeProblem, target: Target, variant: Variant, default: Config) -> None:
+        self.problem, self.target, self.variant, self.default = problem, target, variant, default
+        self.parts: dict[Any, Any] = {}
+
+    def of(self, config: Config) -> tuple[Any, ...]:
+        if self.variant.host is not None:
+            return (config,)
+        count = pieces(self.problem, self.target, self.variant, config)
+        first = tuple(item for item in config.items_ if item[0] not in (*_CUT, *_COMBINE))
+        combine = tuple(item for item in config.items_ if item[0] in _COMBINE)
+        return (self._kernels(first, config)[0], self._kernels(combine, config)[1:] if count > 1 else (), count)
+
+    def _kernels(self, part: tuple[tuple[str, Value], ...], config: Config) -> tuple[Any, ...]:
+        """Of the default with these values and, so that there is a second kernel, several pieces."""
+        if part not in self.parts:
+            changed = self.default.replace(**dict(part), num_kv_splits=2)
+            self.parts[part] = self.variant.sources(self.problem, self.target, changed)
+        found: tuple[Any, ...] = self.parts[part]
+        return found
+
+
+def _product(
+    problem: DecodeProblem, target: Target, variant: Variant, default: Config, space: Space
+) -> Iterator[Config]:
+    """The configs of one space, less those that the hints of the problem or its sizes make pointless."""
+    rows = {tuple(names.split()): values for names, values in space.items()}
+    if unknown := set(itertools.chain(*rows)) - set(default):
+        raise InvalidInput(f"a space names {', '.join(sorted(unknown))}; {variant.name} has {', '.join(default)}")
+    fixed = problem.num_kv_splits is not None or problem.batch_invariant  # these say how a sequence is cut
+    splits = None if fixed else rows.get(("num_kv_splits",))
+    least: dict[tuple[str, ...], Any] = {} if fixed else {n: v for n, v in rows.items() if n == ("min_tiles",)}
+    combine = {n: v for n, v in rows.items() if n[0] in _COMBINE}
+    compiled = {n: v for n, v in rows.items() if n[0] not in (*_CUT, *_COMBINE)}
+    kernels = list(_choices(compiled, default, target))
+    heights = sorted({config.int("block_m") for config in kernels})
+    for kernel in kernels:
+        if not _high_enough(problem, target, variant, kernel, heights):
+            continue
+        for count in _counts(problem, target, variant, kernel, splits):
+            for config in (cut := kernel.replace(num_kv_splits=count), *_choices(least, cut, target)):
+                n = pieces(problem, target, variant, config)
+                if n == 1 or not combine:
+                    yield config
+                    continue
+                for choice in _choices(combine, config, target):
+                    held = choice.int("combine_s")
+                    if held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n:
+                        yield choice
+
+
+def _choices(rows: Mapping[tuple[str, ...], Any], start: Config, target: Target) -> Iterator[Config]:
+    """The config with each combination of the rows' values; nothing but itself where there are no rows."""
+    values = [list(_values(names, row, target)) for names, row in rows.items()]
+    for combination in itertools.product(*values):
+        yield start.replace(**{k: v for change in combination for k, v in change.items()})
+
+
+def _values(names: tuple[str, ...], row: Any, target: Target) -> Iterator[dict[str, Value]]:
+    """What a row of the file may set, as changes to a config; nothing where it leaves this target's backend out.
+
+    InvalidInput for a row that is no list of values.
+    """
+    if isinstance(row, Mapping):
+        row = row.get(target.triton[0] if target.triton else target.name, ())
+    if not isinstance(row, Sequence) or isinstance(row, str):
+        raise InvalidInput(f"the space's row {' '.join(names)!r} has no list of values for {target.name}: {row!r}")
+    for value in row:
+        together = value if len(names) > 1 else [value]
+        if len(together) != len(names):
+            raise InvalidInput(f"the space's row {' '.join(names)!r} wants {len(names)} values at once, not {value!r}")
+        yield dict(zip(names, together, strict=True))
+
+
+def _room(problem: DecodeProblem, target: Target, variant: Variant, config: Config) -> tuple[int, float]:
+    """(programs without splits, programs that the device holds at once), by the variant's own `cost`."""
+    cost = variant.cost(dataclasses.replace(problem, num_kv_splits=None), target, config.replace(num_kv_splits=1))
+    return max(1, cost.programs), cost.programs / cost.waves
+
+
+def _high_enough(
+    problem: DecodeProblem, target: Target, variant: Variant, config: Config, heights: Sequence[int]
+) -> bool:
+    """Whether a block of so many rows may pay. None that is higher than all rows (rounded up) differs from the lowest
+    that holds them. Of the others the two greatest may, on a GPU a lower one only where the next higher, cut into
+    single tiles, gives the device less than it holds at once.
+    """
+    useful = [h for h in heights if h <= max(heights[0], bucket(max(problem.rows, 1)))]
+    height = config.int("block_m")
+    if height not in useful or height in useful[-2:] or variant.host is not None:
+        return height in useful
+    programs, held = _room(problem, target, variant, config.replace(block_m=useful[useful.index(height) + 1]))
+    return programs * _tiles(problem, config) < held
+
+
+def _counts(problem: DecodeProblem, target: Target, variant: Variant, config: Config, row: Any) -> list[int]:
+    """The numbers of splits, ascending: the row's, or by its rule; the config's own where there is no row."""
+    if row is None:
+        return [config.int("num_kv_splits")]
+    if not isinstance(row, Mapping):
+        return sorted({int(change["num_kv_splits"]) for change in _values(("num_kv_splits",), row, target)})
+    if set(row) != {"fill"}:
+        raise InvalidInput(f"num_kv_splits has no rule {', '.join(map(str, row))}; use a list or {{fill: […]}}")
+    programs, held = _room(problem, target, variant, config)
+    tiles = _tiles(problem, config)
+    fills = {int(fill * held / programs) for fill in row["fill"]} | {math.ceil(max(row["fill"]) * held / programs)}
+    if tiles * programs <= 2 * held:
+        fills |= {-(-tiles // share) for share in (1, 2, 4)}
+    return sorted({1, *(min(max(1, count), tiles) for count in fills)})

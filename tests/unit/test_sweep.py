@@ -1,0 +1,160 @@
+"""Sweeps on devices that do not exist: what is tuned, what is stored, how several share it, how it goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mla_jit import models, plan, settings, target
+from mla_jit.config import Config
+from mla_jit.problem import DecodeProblem
+from mla_jit.tuning import store, sweep
+from mla_jit.tuning.worker import Measurement
+
+CPU = target.targets()["cpu"]
+HOPPER = target.targets()["sm_90"]
+DEEPSEEK, KIMI = models.by_name("deepseek-v3"), models.by_name("kimi-k2")
+
+
+class Bench:
+    """Times each config by its own text; some of them fail."""
+
+    def __init__(self, faulty: str = "", stop_after: int | None = None, stop: threading.Event | None = None):
+        self.asked: list[tuple[str, DecodeProblem, Config]] = []
+        self.rounds: list[tuple[Config, int]] = []
+        self.faulty, self.stop_after, self.stop = faulty, stop_after, stop
+
+    def measure(
+        self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
+    ) -> Measurement:
+        self.asked.append((device, problem, config))
+        self.rounds.append((config, rounds))
+        if self.stop is not None and len(self.asked) == self.stop_after:
+            self.stop.set()
+        if self.faulty and self.faulty in str(config):
+            return Measurement("wrong", note="rel L2 0.5")
+        return Measurement("ok", us(config), 0.01, 2e-3)
+
+
+def us(config: Config) -> float:
+    return 10.0 + sum(map(ord, config.to_json())) % 97
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[store.Store]:
+    with store.Store(tmp_path / "tuning.db") as opened:
+        yield opened
+
+
+def problems(*batches: int) -> list[DecodeProblem]:
+    base = DecodeProblem(
+        num_heads=4, kv_lora_rank=64, rope_dim=16, q_dtype="fp32", kv_dtype="fp32", out_dtype="fp32", max_kv_len=256,
+        hinted=True,
+    )  # fmt: skip
+    return [dataclasses.replace(base, batch=batch) for batch in batches]
+
+
+def run(wanted: list[DecodeProblem], bench: Bench, opened: store.Store, **more: object) -> list[sweep.Finished]:
+    options = {"budget_s": 60.0, "devices": ["cpu"], "where": CPU, **more}
+    devices, where = options.pop("devices"), options.pop("where")
+    return list(sweep.run(wanted, where, devices, bench, opened, **options))  # type: ignore[arg-type]
+
+
+def test_models_with_the_same_local_heads_share_their_shapes() -> None:
+    one = sweep.shapes([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"])
+    both = sweep.shapes([(DEEPSEEK, 8), (KIMI, 4)], HOPPER, dtypes=["bf16"])  # 128 / 8 and 64 / 4 heads
+    assert len(one) == 5 * 4
+    assert both == one
+
+
+def test_shapes_that_do_not_fit_are_left_out() -> None:
+    fits = sweep.shapes([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], memory_bytes=16 * 4096 * 576 * 2)
+    assert {(p.batch, p.max_kv_len) for p in fits} == {
+        (batch, kv) for batch in (1, 4, 16, 64, 128) for kv in (1024, 4096, 16384, 65536) if batch * kv <= 16 * 4096
+    }
+
+
+def test_the_best_config_is_stored_and_then_chosen(database: store.Store) -> None:
+    (problem,) = wanted = problems(2)
+    (done,) = run(wanted, Bench(), database, how="exhaustive")
+    assert done.outcome is not None
+    best = min(sweep.candidates(problem, CPU), key=lambda c: (us(c), c.to_json()))
+    assert us(done.outcome.winner) == us(best)
+    assert done.outcome.stopped == "done"
+    rows = list(database.trials(problem=problem))
+    assert {row.config for row in rows} == set(sweep.candidates(problem, CPU))
+    assert [row.config for row in database.best()] == [done.outcome.winner]
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        choice = plan.choose(problem, CPU)
+    plan.forget()
+    assert (choice.config, choice.provenance) == (done.outcome.winner, "measured")
+
+
+def test_what_is_wrong_never_wins_and_is_stored_with_its_reason(database: store.Store) -> None:
+    (problem,) = wanted = problems(2)
+    fastest = min(sweep.candidates(problem, CPU), key=us)
+    (done,) = run(wanted, Bench(faulty=str(fastest)), database, how="exhaustive")
+    assert done.outcome is not None
+    assert done.outcome.winner != fastest
+    assert (fastest, "wrong", "rel L2 0.5") in done.outcome.faults
+    assert {(t.config, t.status) for t in database.trials(status="wrong")} == {(fastest, "wrong")}
+
+
+def test_devices_share_the_shapes_and_a_shape_stays_on_one(database: store.Store) -> None:
+    bench = Bench()
+    wanted = problems(1, 2, 3, 4, 5, 6)
+    done = run(wanted, bench, database, devices=["null:0", "null:1", "null:2"])
+    assert sorted(d.problem.batch for d in done) == [1, 2, 3, 4, 5, 6]
+    for each in done:
+        assert {device for device, problem, _ in bench.asked if problem == each.problem} == {each.device}
+    assert len({d.device for d in done}) > 1
+
+
+def test_a_finished_sweep_measures_nothing_again(database: store.Store) -> None:
+    wanted = problems(1, 2)
+    run(wanted, Bench(), database)
+    before = len(list(database.trials()))
+    again = Bench()
+    done = run(wanted, again, database)
+    assert [d.outcome for d in done] == [None, None]
+    assert again.asked == []
+    assert len(list(database.trials())) == before
+    run(wanted[:1], again, database, resume=False)
+    assert again.asked
+
+
+def test_a_stopped_sweep_goes_on_where_it_was(database: store.Store) -> None:
+    wanted = problems(2)
+    stop = threading.Event()
+    first = Bench(stop_after=3, stop=stop)
+    done = run(wanted, first, database, how="exhaustive", stop=stop)
+    assert [d.outcome.stopped for d in done if d.outcome] == ["interrupted"]
+    stored = {(t.config, sweep.EFFORTS[t.effort][0]) for t in database.trials()}
+    assert len(stored) == 3
+    second = Bench()
+    (finished,) = run(wanted, second, database, how="exhaustive")
+    assert finished.outcome is not None
+    assert finished.outcome.stopped == "done"
+    assert stored.isdisjoint(second.rounds)
+    assert {config for config, _ in (*stored, *second.rounds)} == set(sweep.candidates(wanted[0], CPU))
+
+
+def test_without_time_the_default_is_left_as_it_is(database: store.Store) -> None:
+    bench = Bench()
+    (done,) = run(problems(2), bench, database, budget_s=0.0)
+    assert done.outcome is not None
+    assert (done.outcome.stopped, bench.asked, list(database.trials())) == ("budget", [], [])
+
+
+def test_an_error_of_the_bench_itself_reaches_the_caller(database: store.Store) -> None:
+    class Broken(Bench):
+        def measure(self, *arguments: object, **more: object) -> Measurement:
+            raise OSError("no worker")
+
+    with pytest.raises(OSError, match="no worker"):
+        run(problems(1, 2), Broken(), database)
