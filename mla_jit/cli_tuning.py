@@ -116,7 +116,9 @@ def run(budget: str, how: str, gpus: str, resume: bool, timeout: float, db: Path
                 advance(_finished(done))
         except KeyboardInterrupt:
             interrupted = True
-    short = interrupted or len(rows) < len(problems) or any(r.outcome and r.outcome.stopped != "done" for r in rows)
+    outcomes = [row.outcome for row in rows if row.outcome is not None]
+    short = interrupted or len(rows) < len(problems)
+    short = short or any(found.stopped != "done" or found.median_us is None for found in outcomes)
     if as_json:
         print_json({"ok": not short, "database": path, "shapes": [_finished_json(row) for row in rows]})
     else:
@@ -181,7 +183,8 @@ def _finished(done: sweep.Finished) -> str:
         return f"{done.problem}: finished before"
     found = done.outcome
     if found.median_us is None:
-        return f"{done.problem}: nothing measured ({found.stopped}); {found.why}"
+        first = f"; {found.faults[0][1]}: {found.faults[0][2]}" if found.faults else ""
+        return f"{done.problem}: nothing measured ({found.stopped}); {found.why}{first}"
     gain = f", default {found.default_us:.1f}" if found.default_us is not None else ""
     return (
         f"{done.problem}: {found.median_us:.1f} us{gain}; {found.explored} configs in {done.seconds:.1f} s, "

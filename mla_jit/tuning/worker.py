@@ -155,9 +155,7 @@ def _run_candidate(
         times = _figures(problem, config, device, rounds, window_ms, timer, known, enter, found)
         median = statistics.median(times)
         return Measurement(OK, median_us=median, spread_us=max(times) - min(times), **found), False
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except (Exception, SystemExit) as error:  # whatever a candidate raises is its result, with the reason
         fault = error if isinstance(error, _Fault) else _fault_of(error)
         doubtful = fault.doubtful or not _sound(device)
         return Measurement(fault.status, note=" ".join(fault.note.split())[:500], **found), doubtful
@@ -246,7 +244,7 @@ def _sound(device: str) -> bool:
 
     try:
         torch.cuda.synchronize()
-    except Exception:
+    except RuntimeError:
         return False
     return True
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import mla_jit
 from mla_jit import settings
 from mla_jit.cli import main
-from mla_jit.tuning import rows, store
+from mla_jit.tuning import rows, store, worker
 
 SMALL = ("--model", "minicpm3-4b", "--tp", "8", "--dtype", "bf16", "--batch", "1", "--kv-len", "128")
 
@@ -79,6 +79,16 @@ def test_a_run_fills_the_database_and_the_next_one_has_nothing_to_do(database: P
 def test_a_budget_that_is_too_short_is_said() -> None:
     found = invoke_json("run", *SMALL, "--budget", "0s", code=1)
     assert (found["ok"], found["shapes"][0]["stopped"]) == (False, "budget")
+
+
+def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = worker.Measurement("error", note="RuntimeError: the bench itself is broken")
+    monkeypatch.setattr(worker.Pool, "measure", lambda *_, **__: broken)
+    found = invoke_json("run", *SMALL, "--budget", "60s", code=1)
+    (shape,) = found["shapes"]
+    assert (found["ok"], shape["median_us"]) == (False, None)
+    assert {fault["note"] for fault in shape["faults"]} == {broken.note}
+    assert "error: RuntimeError: the bench itself is broken" in invoke("run", *SMALL, "--no-resume", code=1)
 
 
 @pytest.mark.parametrize(
