@@ -96,7 +96,7 @@ def run(budget: str, how: str, gpus: str, resume: bool, timeout: float, db: Path
     Ctrl-C keeps what was measured; the same command goes on from there.
     """
     from mla_jit import target as targets
-    from mla_jit.tuning import store, sweep, worker
+    from mla_jit.tuning import pool, store, sweep
 
     there = targets.here()
     on_gpu = there.runtime not in ("cpu", "host")
@@ -105,11 +105,11 @@ def run(budget: str, how: str, gpus: str, resume: bool, timeout: float, db: Path
     path = db if db is not None else store.user_path()
     rows: list[sweep.Finished] = []
     interrupted = False
-    workers = worker.Pool(devices, quarantine=path.with_suffix(".quarantine"))
-    with store.Store(path) as database, workers as pool, _bar(len(problems), as_json) as advance:
+    workers = pool.Pool(devices, quarantine=path.with_suffix(".quarantine"))
+    with store.Store(path) as database, workers, _bar(len(problems), as_json) as advance:
         try:
             for done in sweep.run(
-                problems, there, devices, pool, database, budget_s=_seconds(budget), how=how, resume=resume,
+                problems, there, devices, workers, database, budget_s=_seconds(budget), how=how, resume=resume,
                 timeout_s=timeout, command=" ".join(["mla-tune", *sys.argv[1:]]),
             ):  # fmt: skip
                 rows.append(done)
@@ -246,7 +246,7 @@ def show(db: Path | None, faults: bool, as_json: bool) -> int:
 @verb
 def export(db: Path | None, directory: Path, as_json: bool) -> int:
     """Write the best row of each shape as DIRECTORY/<device>/<op>.jsonl, sorted: the form that the package ships."""
-    from mla_jit.tuning import rows, store
+    from mla_jit.tuning import rows, shipped
 
     groups: dict[Path, list[Trial]] = {}
     with _opened(db) as (_, database):
@@ -254,7 +254,7 @@ def export(db: Path | None, directory: Path, as_json: bool) -> int:
     for trial in best:
         groups.setdefault(directory / rows.slug(trial.device) / f"{trial.op}.jsonl", []).append(trial)
     for path, trials in groups.items():
-        store.export(trials, path)
+        shipped.export(trials, path)
     if as_json:
         print_json({"ok": True, "files": {str(path): len(trials) for path, trials in groups.items()}})
     else:

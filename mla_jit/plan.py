@@ -22,7 +22,7 @@ from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import Problem
 from mla_jit.target import Target
-from mla_jit.tuning import store
+from mla_jit.tuning import lookup
 from mla_jit.tuning.rows import PROBLEMS
 
 _MOST = 8192  # resolved problems kept; sizes are bucketed, so a serving process has hundreds
@@ -94,7 +94,7 @@ def choose(problem: Problem, target: Target) -> Choice:
         return installed
     default = analytic(problem, target)
     rows, legal = _rows(problem, target)
-    found = store.lookup(
+    found = lookup.lookup(
         problem, target, legal, _revisions(rows), _toolchain(), hinted=getattr(problem, "hinted", True)
     )
     if found is None:
@@ -110,7 +110,7 @@ def choose(problem: Problem, target: Target) -> Choice:
 def choices(problem: Problem, target: Target) -> list[Choice]:
     """All that `choose` may give for this kind of problem in any batch and length: the default, and tuned configs."""
     rows, legal = _rows(problem, target)
-    tuned = store.configs(problem, target, legal, _revisions(rows), _toolchain())
+    tuned = lookup.configs(problem, target, legal, _revisions(rows), _toolchain())
     found = [Choice(rows[config.variant], config, "tuned", {}) for config in tuned if legal(config) is None]
     return [analytic(problem, target), *found]
 
@@ -313,4 +313,4 @@ def forget() -> None:
     with _lock:
         _memo.clear()
         _installed.clear()
-    store.forget()
+    lookup.forget()

@@ -1,4 +1,4 @@
-"""`Trial`: one config of one variant, timed or predicted for one problem on one device. Plain data."""
+"""`Measurement`: how a candidate ended. `Trial`: that, or a prediction, with all that it belongs to. Plain data."""
 
 from __future__ import annotations
 
@@ -21,6 +21,43 @@ FAULTS = (
 PROVENANCES = ("measured", "imported", "predicted")  # best first
 PROBLEMS = {"decode": DecodeProblem}  # by op
 SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How a candidate ended, and its figures. Times in µs a call; they are there exactly where status is "ok".
+
+    `rel_l2` is the relative L2 error of the worst (token, head) row; registers, spills and shared memory (bytes) are
+    stage 1's. `source_hash` is the first 16 characters of the stage-1 Source's key; a host variant, which has no
+    Source, has the hash of its name, revision and config. `note` explains a fault, in one line.
+    """
+
+    status: str
+    median_us: float | None = None
+    spread_us: float | None = None
+    rel_l2: float | None = None
+    registers: int | None = None
+    spill_bytes: int | None = None
+    smem_bytes: int | None = None
+    source_hash: str = ""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status != OK and self.status not in FAULTS:
+            raise InvalidInput(f"status {self.status!r} is unknown; use {OK} or {', '.join(FAULTS)}")
+        if (self.status == OK) != (self.median_us is not None):
+            raise InvalidInput("median_us is there exactly where status is ok")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Measurement:
+        """InvalidInput for what is no measurement."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise InvalidInput(f"no measurement: {error} in {text[:120]}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,48 +1,34 @@
-"""The tuning database: the user's SQLite file, the rows shipped with the package, and `lookup` over both.
+"""The user's tuning database, an SQLite file: table `trials`, one row a trial, appended only; view `best`.
 
-    <user's cache directory>/tuning.db     table `trials`, one row a trial, appended only; view `best`
-    tuning_db/<device>/<op>.jsonl          shipped rows, sorted, one a line; read only, whatever is in them
-
-A serving process without a database of its own never loads SQLite, and no lookup writes or creates a file. Nothing here
-imports torch. Times in µs, lengths in tokens.
+It lies at <user's cache directory>/tuning.db unless the setting `tuning_db` says otherwise. SQLite is imported when a
+database is opened, torch never. Times in µs, lengths in tokens.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
-import itertools
 import math
 import os
 import threading
 import time
-import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from operator import attrgetter, ne
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_jit import resources, settings
+from mla_jit import settings
 from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import DecodeProblem, Problem, bucket
-from mla_jit.target import Target
-from mla_jit.tuning.rows import OK, PROBLEMS, PROVENANCES, Trial, slug
+from mla_jit.problem import DecodeProblem
+from mla_jit.tuning.rows import OK, PROBLEMS, Trial
 
 if TYPE_CHECKING:
     import sqlite3
 
     from sqlite_utils import Database
-
-Legal = Callable[[Config], str | None]  # the reason why a config cannot be used, or None
-
-_LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; readers wait on no writer under WAL
 
 
 def user_path() -> Path:
@@ -92,9 +78,9 @@ def _version_1(db: Database) -> None:
 # one transaction, so by `execute`: what else changes a schema in sqlite-utils 3 commits.
 MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1,)
 
-_PROBLEM = tuple(f.name for f in dataclasses.fields(DecodeProblem))
+PROBLEM_COLUMNS = tuple(f.name for f in dataclasses.fields(DecodeProblem))
 _TRIAL = tuple(f.name for f in dataclasses.fields(Trial) if f.name not in ("problem", "config"))
-_COLUMNS = (*_PROBLEM, "config", *_TRIAL)
+_COLUMNS = (*PROBLEM_COLUMNS, "config", *_TRIAL)
 _BOOLS = {f.name for f in dataclasses.fields(DecodeProblem) if f.type == "bool"}
 _TUPLES = {f.name for f in dataclasses.fields(DecodeProblem) if str(f.type).startswith("tuple")}
 _FLOATS = {f.name for f in dataclasses.fields(Trial) if str(f.type).startswith("float")}
@@ -125,23 +111,23 @@ def _record(trial: Trial) -> tuple[int | float | str | None, ...]:
     try:
         if not all(isinstance(value, (int, str)) for value in trial.config.values()):
             raise TypeError(f"config {trial.config}: not all integers, texts and booleans")
-        problem = [_sql(name, getattr(trial.problem, name)) for name in _PROBLEM]
+        problem = [_sql(name, getattr(trial.problem, name)) for name in PROBLEM_COLUMNS]
         return (*problem, trial.config.to_json(), *(_sql(name, getattr(trial, name)) for name in _TRIAL))
     except (ValueError, TypeError) as error:
         raise InvalidInput(f"no tuning row: {error}") from error
 
 
-def _trials(
+def read_trials(
     records: Iterable[tuple[Any, ...]], bad: Callable[[InvalidInput], None] | None = None
 ) -> Iterator[Trial]:  # fmt: skip
     """Trials of records in the order of _COLUMNS. What is none goes to `bad`, or raises InvalidInput."""
     problems: dict[tuple[Any, ...], DecodeProblem] = {}
     configs: dict[str, Config] = {}
-    n = len(_PROBLEM)
+    n = len(PROBLEM_COLUMNS)
     for record in records:
         try:
             if (problem := problems.get(record[:n])) is None:
-                fields = dict(zip(_PROBLEM, record, strict=False))
+                fields = dict(zip(PROBLEM_COLUMNS, record, strict=False))
                 fields |= {name: bool(fields[name]) for name in _BOOLS}
                 fields |= {name: tuple(fields[name].split(",")) if fields[name] else () for name in _TUPLES}
                 problem = problems[record[:n]] = PROBLEMS[fields["op"]](**fields)
@@ -155,9 +141,9 @@ def _trials(
             bad(fault)
 
 
-def _plain(trial: Trial) -> Trial:
+def plain(trial: Trial) -> Trial:
     """The trial as it comes back from a column or a line: 8 → 8.0, NaN → None. InvalidInput for what is none."""
-    return next(_trials([_record(trial)]))
+    return next(read_trials([_record(trial)]))
 
 
 # -------------------------------------------------------------------------------------------------------------- Store
@@ -192,7 +178,7 @@ class Store:
         if self.readonly:
             raise StoreError(f"the tuning database {self.path} was opened for reading; open it without readonly")
         rows = []
-        for trial in map(_plain, trials):
+        for trial in map(plain, trials):
             content = hashlib.sha256(trial.to_json().encode()).hexdigest()
             rows.append((content, trial.variant, *_record(trial)))
         columns = ", ".join(("content", "variant", *_COLUMNS))
@@ -216,11 +202,11 @@ class Store:
         A filter is a column of the table (a problem's fields, `variant`, `config`, `device`, `status`, …), or `problem`
         for all of a problem's. InvalidInput for an unknown one.
         """
-        return _trials(self._select("trials", filters))
+        return read_trials(self._select("trials", filters))
 
     def best(self, **filters: Any) -> Iterator[Trial]:
         """The view `best`: a problem's fastest good trial a device. `filters` as for `trials`."""
-        return _trials(self._select("best", filters))
+        return read_trials(self._select("best", filters))
 
     def close(self) -> None:
         """Closes the connection; another use opens it again."""
@@ -379,448 +365,3 @@ def _before_fork() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_guard.release, after_in_child=_guard.release)
-
-
-# ------------------------------------------------------------------------------------------------------- shipped rows
-
-_shipped: dict[tuple[str, str], tuple[Trial, ...]] = {}
-
-
-def shipped(device: str, op: str) -> tuple[Trial, ...]:
-    """The shipped rows of a device and an op, read once a process; () where there are none.
-
-    Bad, repeated and contradictory lines are skipped with one warning a file; `check_shipped` lists them.
-    """
-    if (device, op) not in _shipped:
-        try:
-            path = resources.path("tuning_db", slug(device), f"{op}.jsonl")
-        except FileNotFoundError:
-            return _shipped.setdefault((device, op), ())
-        try:
-            kept, faults, _ = _examine(path)
-        except OSError as error:
-            kept, faults = [], [str(error)]
-        _shipped[device, op] = tuple(kept)
-        if faults:
-            warnings.warn(
-                f"{path} is used without its faults ({len(faults)}, the first: {faults[0]}); "
-                "reinstall mla_jit, or report it",
-                stacklevel=2,
-            )
-    return _shipped[device, op]
-
-
-def check_shipped(path: Path) -> list[str]:
-    """What is wrong with a file of shipped rows, one line a fault; [] for a good one. OSError if it cannot be read."""
-    _, faults, style = _examine(path)
-    return faults + style
-
-
-def export(trials: Iterable[Trial], path: Path) -> int:
-    """Writes trials as a file of shipped rows, sorted, each once; the number written.
-
-    What stood at `path` is replaced at once or not at all; no other file is touched. InvalidInput, OSError.
-    """
-    rows = sorted({trial.to_json(): trial for trial in map(_plain, trials)}.values(), key=_order)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with staged.open("x", encoding="utf-8") as file:
-            file.writelines(f"{trial.to_json()}\n" for trial in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    return len(rows)
-
-
-def _order(trial: Trial) -> tuple[Any, ...]:
-    """The order of shipped rows: by problem, then where, then what."""
-    values = (getattr(trial.problem, name) for name in _PROBLEM)
-    problem = tuple((0,) if value is None else (1, value) for value in values)
-    place = trial.target, trial.device, PROVENANCES.index(trial.provenance)
-    return problem, place, trial.config.to_json(), trial.to_json()
-
-
-def _examine(path: Path) -> tuple[list[Trial], list[str], list[str]]:
-    """Of a file of shipped rows: the good ones, why the others are not used, and what only its looks lack."""
-    kept: list[Trial] = []
-    faults, style = [], []
-    lines: dict[tuple[Any, ...], tuple[int, Trial]] = {}
-    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line = raw.decode()
-            trial = _plain(Trial.from_json(line))
-        except ValueError as error:  # InvalidInput and UnicodeDecodeError are
-            faults.append(f"line {number}: {error}")
-            continue
-        if slug(trial.device) != path.parent.name or trial.op != path.stem:
-            faults.append(f"line {number}: belongs to {slug(trial.device)}/{trial.op}.jsonl")
-            continue
-        claim = trial.problem, trial.config, trial.target, trial.device, trial.provenance
-        first, other = lines.setdefault(claim, (number, trial))
-        if first != number:
-            what = "repeats" if trial == other else "contradicts"
-            faults.append(f"line {number}: {what} line {first}, the same config for the same problem")
-            continue
-        if line != trial.to_json():
-            style.append(f"line {number}: not spelt as `export` writes it")
-        if kept and _order(kept[-1]) > _order(trial):
-            style.append(f"line {number}: out of order; `export` sorts")
-        kept.append(trial)
-    return kept, faults, style
-
-
-# ------------------------------------------------------------------------------------------------------------- lookup
-
-_HARD_FIELDS = (
-    "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "layout", "context_parallel",
-    "batch_invariant",
-)  # fmt: skip
-_SOFT_FIELDS = (
-    "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
-    "out_dtype", "misaligned", "flat_pages", "index64",
-)  # fmt: skip
-_PLAYOFF = 2  # the effort from which times of different configs are comparable
-_AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
-_hard, _soft = attrgetter(*_HARD_FIELDS), attrgetter(*_SOFT_FIELDS)
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What `lookup` found. `provenance`: "measured", "imported", "stale", "neighbour" or "predicted".
-
-    `stale` was measured for this very problem, but at another revision of the template or with another toolchain;
-    `neighbour` was measured for another; what is only predicted is "predicted" for a neighbour too. `why` is one line.
-    """
-
-    config: Config
-    provenance: str
-    trial: Trial
-    why: str
-
-
-@dataclass(frozen=True)
-class _Row:
-    trial: Trial
-    shipped: bool
-
-    @property
-    def order(self) -> tuple[Any, ...]:
-        """Timed in a playoff; the user's; the fastest; of equals the one with the fewest splits, then by its text."""
-        trial = self.trial
-        playoff = trial.effort >= _PLAYOFF
-        return not playoff, self.shipped, -trial.effort, trial.median_us, *_simplest(trial.config), trial.created
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Rows of one shape whose problems differ in nothing that a lookup looks at."""
-
-    shape: Shape
-    soft: tuple[Any, ...]
-    mean: int | None  # bucket of the mean length, where total_kv was given
-    wish: int | None  # num_kv_splits
-    rows: tuple[_Row, ...] = ()
-
-    @classmethod
-    def of(cls, problem: Any) -> _Cell:
-        """The empty cell of a problem."""
-        mean = None if problem.total_kv is None else bucket(-(-problem.total_kv // max(1, problem.batch)))
-        shape = problem.batch, problem.num_heads, problem.q_len, bucket(problem.max_kv_len)
-        return cls(shape, _soft(problem), mean, problem.num_kv_splits)
-
-    def differences(self, asked: _Cell) -> tuple[int, float]:
-        """In how many soft fields, hints and wishes it is another than what is asked for, and how far off in length."""
-        count = sum(map(ne, self.soft, asked.soft)) + (self.wish != asked.wish)
-        if self.mean is None or asked.mean is None:
-            return count, 0.0 if self.mean == asked.mean else math.inf
-        return count + (self.mean != asked.mean), _distance((self.mean,), (asked.mean,))
-
-    def exactly(self, asked: _Cell) -> bool:
-        return self.shape == asked.shape and not self.differences(asked)[0]
-
-    def say(self, asked: _Cell) -> str:
-        """The differences, one after the other: "batch 64 for 48, page_size 64 for 16"."""
-        pairs: list[tuple[str, Any, Any]] = [*zip(_AXES, self.shape, asked.shape, strict=True)]
-        pairs += zip(_SOFT_FIELDS, self.soft, asked.soft, strict=True)
-        if self.mean is not None and asked.mean is not None:
-            pairs.append(("mean length", self.mean, asked.mean))
-        pairs.append(("num_kv_splits", self.wish, asked.wish))
-        return ", ".join(f"{name} {has} for {wanted}" for name, has, wanted in pairs if has != wanted)
-
-
-def _simplest(config: Config) -> tuple[int, str]:
-    splits = config.get("num_kv_splits")
-    return splits if isinstance(splits, int) else 0, config.to_json()
-
-
-class _Pool:
-    """Rows that may be neighbours: of one target, with equal hard fields, all measured or all predicted."""
-
-    def __init__(self, rows: Iterable[_Row]):
-        cells: dict[_Cell, list[_Row]] = {}
-        for problem, group in itertools.groupby(rows, key=lambda row: row.trial.problem):
-            cells.setdefault(_Cell.of(problem), []).extend(group)
-        self.cells = [  # in an order that does not depend on the rows'
-            dataclasses.replace(cell, rows=tuple(sorted(cells[cell], key=lambda row: row.order)))
-            for cell in sorted(cells, key=lambda cell: (cell.shape, -(cell.mean or 0), str(cell)))
-        ]
-        self.shapes: dict[Shape, list[_Cell]] = {}
-        for cell in self.cells:
-            self.shapes.setdefault(cell.shape, []).append(cell)
-        self.range = [(min(axis), max(axis)) for axis in zip(*self.shapes, strict=True)]
-
-    def spans(self, shape: Shape) -> bool:
-        """Whether each axis of the shape (the first ones, if it is shorter) is inside the range of the rows'."""
-        return all(low <= x <= high for x, (low, high) in zip(shape, self.range, strict=False))
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A lookup: the problem's empty cell, and by what a row is judged."""
-
-    asked: _Cell
-    legal: Legal
-    revisions: Mapping[str, int]
-    toolchain: str
-
-    def nearest(self, pool: _Pool) -> Found | None:
-        """The row of the problem itself, else of the nearest shape that has a usable one, inside the pool's range."""
-        asked = self.asked
-        if (found := self._among(pool.shapes.get(asked.shape, ()))) is not None:
-            return found
-        if not pool.spans(asked.shape):
-            return None
-        return self._among(cell for cell in pool.cells if cell.shape != asked.shape)
-
-    def _among(self, cells: Iterable[_Cell]) -> Found | None:
-        """The best legal row of the nearest cell that has one; in a cell, stale rows after all others."""
-        asked = self.asked
-        order = sorted(self._usable(cells), key=lambda c: (_distance(c.shape, asked.shape), c.differences(asked)))
-        for cell, stale in itertools.product(order, (False, True)):
-            for row in cell.rows:
-                if bool(self._stale(row.trial)) == stale and self._legal(row):
-                    return self._found(cell, row)
-        return None
-
-    def robust(self, pool: _Pool) -> Found | None:
-        """The config that does best in the worst case over lengths up to max_kv_len, at the nearest other sizes."""
-        asked, sizes = self.asked, self.asked.shape[:3]
-        cells = [c for c in self._usable(pool.cells) if c.shape[3] <= asked.shape[3]]
-        if not cells or not pool.spans(sizes):
-            return None
-        nearest = min((_distance(c.shape[:3], sizes), c.shape[:3]) for c in cells)[1]
-        lines: dict[tuple[Any, ...], list[_Cell]] = {}
-        for cell in cells:
-            if cell.shape[:3] == nearest:
-                key = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
-                lines.setdefault((key.differences(asked), str(key)), []).append(cell)
-        for _, line in sorted(lines.items()):
-            rows = [(cell, row) for cell in line for row in cell.rows if self._legal(row)]
-            for stale, foreign in itertools.product((False, True), repeat=2):
-                some = [(c, r) for c, r in rows if r.shipped == foreign and (stale or not self._stale(r.trial))]
-                if (config := robust(row.trial for _, row in some)) is None:
-                    continue
-                mine = [(c, r) for c, r in some if r.trial.config == config]
-                cell, row = min(mine, key=lambda pair: (-pair[0].shape[3], pair[1].order))
-                lengths = sorted({c.shape[3] for c, _ in mine})
-                unhinted = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
-                return self._found(unhinted, row, f"best worst case over kv {', '.join(map(str, lengths))}; ")
-        return None
-
-    def _usable(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
-        """Without those timed under another wish for splits than the problem's, which overrides the config's."""
-        return (cell for cell in cells if cell.wish in (None, self.asked.wish))
-
-    def reachable(self, pool: _Pool) -> Iterator[Config]:
-        """The configs that this question may be answered with for any batch and length, hinted or not."""
-        fixed = self.asked.shape[1:3]
-        if not all(low <= x <= high for x, (low, high) in zip(fixed, pool.range[1:3], strict=True)):
-            return
-        shapes: dict[tuple[int, int], list[Shape]] = {}
-        for shape in pool.shapes:
-            shapes.setdefault((shape[0], shape[3]), []).append(shape)
-        for (
-            batch,
-            kv,
-        ), rivals in shapes.items():  # they differ in what is fixed, so one is the nearest whatever is asked
-            cells = [cell for shape in rivals for cell in pool.shapes[shape]]
-            asked = dataclasses.replace(self.asked, shape=(batch, *fixed, kv))
-            for mean in {None, *(cell.mean for cell in cells)}:
-                hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, mean=mean))
-                if (found := hinted._among(cells)) is not None:
-                    yield found.config
-            if (found := dataclasses.replace(self, asked=asked).robust(pool)) is not None:
-                yield found.config
-
-    def _legal(self, row: _Row) -> bool:
-        config = row.trial.config
-        try:  # a row of an older revision may lack a tunable, or have one of another type
-            return config.variant in self.revisions and self.legal(config) is None
-        except (KeyError, AssertionError):
-            return False
-
-    def _stale(self, trial: Trial) -> str:
-        """Why the row is stale, or ""."""
-        now = self.revisions.get(trial.config.variant)
-        if trial.revision != now:
-            return f"stale: revision {trial.revision}, now {now}"
-        return "" if trial.toolchain == self.toolchain else f"stale: {trial.toolchain}, now {self.toolchain}"
-
-    def _found(self, cell: _Cell, row: _Row, how: str = "") -> Found:
-        trial, stale = row.trial, self._stale(row.trial)
-        exact = cell.exactly(self.asked)
-        provenance = trial.provenance
-        if exact and stale:
-            provenance = "stale"
-        elif not exact and provenance != PROVENANCES[-1]:
-            provenance = "neighbour"
-        whose = "shipped row" if row.shipped else "the user's row"
-        match = f"{whose} of this problem" if exact else f"nearest is a {whose.split()[-2]} row with "
-        match += "" if exact else cell.say(self.asked)
-        why = f"{how}{match}: {trial.provenance}, {trial.median_us:.2f} us" + (f"; {stale}" if stale else "")
-        return Found(trial.config, provenance, trial, why)
-
-
-def _distance(a: Shape, b: Shape) -> float:
-    """Euclidean, of the sizes' binary logarithms."""
-    return round(math.dist(_logs(a), _logs(b)), 9)
-
-
-@functools.lru_cache(maxsize=65536)
-def _logs(shape: Shape) -> tuple[float, ...]:
-    return tuple(math.log2(max(x, 1)) for x in shape)
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What is in memory of a device's rows: pools by hard fields, measured ones first, and what `configs` found."""
-
-    signature: object
-    pools: dict[tuple[Any, ...], list[_Pool]]
-    reachable: dict[object, tuple[Config, ...]] = dataclasses.field(default_factory=dict)
-
-
-_indexes: dict[tuple[str, str, str], _Index] = {}
-
-
-def lookup(
-    problem: Problem, target: Target, legal: Legal, revisions: Mapping[str, int], toolchain: str, *,
-    hinted: bool = True,
-) -> Found | None:  # fmt: skip
-    """The best stored config for a problem on a target's device, or None where nothing stored says anything of it.
-
-    The rows of the problem itself, else of the nearest shape with the same hard fields that `legal` lets pass, never
-    beyond the sizes measured; the user's before the shipped, current before stale, measured before predicted. Without
-    hints (`hinted` False: max_kv_len is but a capacity) the config with the best worst case over the lengths measured.
-    `revisions` and `toolchain` are today's, by variant; rows of a variant without a revision are not used.
-    Never raises for what a database holds or lacks, and never creates one.
-    """
-    question = _Question(_Cell.of(problem), legal, revisions, toolchain)
-    for pool in _index(target, problem.op).pools.get(_hard(problem), ()):
-        if not hinted and (found := question.robust(pool)) is not None:
-            return found
-        if (found := question.nearest(pool)) is not None:
-            return found
-    return None
-
-
-def configs(
-    problem: Problem, target: Target, legal: Legal, revisions: Mapping[str, int], toolchain: str
-) -> tuple[Config, ...]:  # fmt: skip
-    """The configs that `lookup` may give for the problem in any batch and length, hinted or not: what to compile ahead.
-
-    Memoised for the problem without its batch and length; `legal` is asked for the first of them.
-    """
-    question = _Question(_Cell.of(problem), legal, revisions, toolchain)
-    index, asked = _index(target, problem.op), question.asked
-    kind = _hard(problem), asked.soft, asked.wish, asked.shape[1:3], toolchain, tuple(sorted(revisions.items()))
-    if kind not in index.reachable:
-        pools = index.pools.get(_hard(problem), ())
-        found = {config for pool in pools for config in question.reachable(pool)}
-        index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *_simplest(config))))
-    return index.reachable[kind]
-
-
-def robust(trials: Iterable[Trial]) -> Config | None:
-    """The config with the least worst ratio to the fastest, over the lengths at which it was timed; None if only one.
-
-    Only configs that were timed at the most lengths count: of the others the worst case is not known. Of a config's
-    times at a length the one of the most effort counts, of a length the best of the most effort.
-    """
-    cells: dict[tuple[object, _Cell], dict[Config, tuple[int, float]]] = {}
-    for problem, group in itertools.groupby(trials, key=lambda trial: trial.problem):
-        times = cells.setdefault((_hard(problem), _Cell.of(problem)), {})
-        for trial in group:
-            if trial.median_us is not None:
-                time = -trial.effort, trial.median_us
-                times[trial.config] = min(time, times.get(trial.config, time))
-    ratios: dict[Config, list[float]] = {}
-    lengths: dict[Config, set[int]] = {}
-    for (_, cell), times in cells.items():
-        kv, (_, best) = cell.shape[3], min(times.values(), default=(0, 0.0))
-        for config, (_, time_us) in times.items():
-            ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
-            lengths.setdefault(config, set()).add(kv)
-    most = max(map(len, ratios.values()), default=0)
-    widest = [config for config in ratios if len(ratios[config]) == most and len(lengths[config]) > 1]
-    return min(widest, key=lambda config: (max(ratios[config]), *_simplest(config)), default=None)
-
-
-def forget() -> None:
-    """The next lookup reads the user's database and the shipped rows again."""
-    _indexes.clear()
-    _shipped.clear()
-
-
-def _index(target: Target, op: str) -> _Index:
-    """Read once, and again when the user's database has changed."""
-    path = user_path()
-    signature = (path, _signature(str(path)), _signature(f"{path}-wal"))
-    key = target.device, op, target.name
-    held = _indexes.get(key)
-    if held is not None and held.signature == signature:
-        return held
-    rows = [_Row(trial, False) for trial in (_users(path, target, op) if signature[1] is not None else ())]
-    rows += [
-        _Row(trial, True) for trial in shipped(target.device, op)
-        if trial.status == OK and (trial.device, trial.target) == (target.device, target.name)
-    ]  # fmt: skip
-    groups: dict[tuple[Any, ...], dict[bool, list[_Row]]] = {}
-    for row in rows:
-        predicted = row.trial.provenance == PROVENANCES[-1]
-        groups.setdefault(_hard(row.trial.problem), {}).setdefault(predicted, []).append(row)
-    found = {hard: [_Pool(group[predicted]) for predicted in sorted(group)] for hard, group in groups.items()}
-    _indexes[key] = _Index(signature, found)
-    return _indexes[key]
-
-
-def _signature(path: str) -> object:
-    """What changes when a file does; None for one that is not there, or is empty as a log is after its checkpoint."""
-    try:
-        seen = os.stat(path)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        return str(error)
-    return (seen.st_ino, seen.st_mtime_ns, seen.st_size) if seen.st_size else None
-
-
-def _users(path: Path, target: Target, op: str) -> list[Trial]:
-    """The user's good trials for a device; what cannot be read is skipped, with one warning."""
-    bad: list[InvalidInput] = []
-    try:
-        with Store(path, readonly=True, timeout_s=_LOOKUP_TIMEOUT_S) as store:
-            records = store._select("trials", {"device": target.device, "op": op, "target": target.name, "status": OK})
-        found = list(_trials(records, bad.append))
-    except StoreError as error:
-        layers.warn_once(f"tuning database {path}", f"mla_jit does without its user's tuning rows: {error}")
-        return []
-    if bad:
-        layers.warn_once(f"rows of {path}", f"mla_jit skips {len(bad)} rows of {path}, the first: {bad[0]}")
-    return found

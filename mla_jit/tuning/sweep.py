@@ -21,8 +21,8 @@ from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CompileError
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
-from mla_jit.tuning import search, space, worker
-from mla_jit.tuning.rows import OK, Trial
+from mla_jit.tuning import candidate, search, space
+from mla_jit.tuning.rows import OK, Measurement, Trial
 from mla_jit.tuning.store import Store
 
 # (rounds, milliseconds a window) by effort.
@@ -31,11 +31,11 @@ Event = Callable[[str, dict[str, Any]], None]
 
 
 class Measurer(Protocol):
-    """What a sweep needs of worker.Pool."""
+    """What a sweep needs of pool.Pool."""
 
     def measure(
         self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
-    ) -> worker.Measurement: ...
+    ) -> Measurement: ...
 
 
 def shapes(
@@ -155,7 +155,7 @@ def _one(
     if resume and any(trial.effort == last and trial.status == OK for trial in same):
         return Finished(problem, device, None, time.monotonic() - started)
 
-    def measure(config: Config, effort: int) -> worker.Measurement:
+    def measure(config: Config, effort: int) -> Measurement:
         if stop.is_set():
             raise KeyboardInterrupt
         rounds, window_ms = EFFORTS[effort]
@@ -192,7 +192,7 @@ def toolchain() -> str:
         return ""
 
 
-def _trial(problem: DecodeProblem, target: Target, config: Config, effort: int, found: worker.Measurement,
+def _trial(problem: DecodeProblem, target: Target, config: Config, effort: int, found: Measurement,
            revision: int, command: str) -> Trial:  # fmt: skip
     rounds, window_ms = EFFORTS[effort]
     return Trial(
@@ -200,13 +200,13 @@ def _trial(problem: DecodeProblem, target: Target, config: Config, effort: int, 
         status=found.status, median_us=found.median_us, spread_us=found.spread_us, rel_l2=found.rel_l2,
         registers=found.registers, spill_bytes=found.spill_bytes, smem_bytes=found.smem_bytes,
         source_hash=found.source_hash, toolchain=toolchain(), effort=effort,
-        policy=f"{worker.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=command,
+        policy=f"{candidate.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=command,
         created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), note=found.note,
     )  # fmt: skip
 
 
-def _measurement(trial: Trial) -> worker.Measurement:
-    return worker.Measurement(
+def _measurement(trial: Trial) -> Measurement:
+    return Measurement(
         status=trial.status, median_us=trial.median_us, spread_us=trial.spread_us, rel_l2=trial.rel_l2,
         registers=trial.registers, spill_bytes=trial.spill_bytes, smem_bytes=trial.smem_bytes,
         source_hash=trial.source_hash, note=trial.note,

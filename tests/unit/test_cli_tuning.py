@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import mla_jit
 from mla_jit import settings
 from mla_jit.cli import main
-from mla_jit.tuning import rows, store, worker
+from mla_jit.tuning import pool, rows, shipped, store
 
 SMALL = ("--model", "minicpm3-4b", "--tp", "8", "--dtype", "bf16", "--batch", "1", "--kv-len", "128")
 
@@ -65,7 +65,7 @@ def test_a_run_fills_the_database_and_the_next_one_has_nothing_to_do(database: P
     files = invoke_json("export", tmp_path / "out")["files"]
     assert list(files.values()) == [1]
     (path,) = map(Path, files)
-    assert store.check_shipped(path) == []
+    assert shipped.check(path) == []
     (row,) = [rows.Trial.from_json(line) for line in path.read_text().splitlines()]
     assert dict(row.config) == best["config"]
 
@@ -82,8 +82,8 @@ def test_a_budget_that_is_too_short_is_said() -> None:
 
 
 def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = worker.Measurement("error", note="RuntimeError: the bench itself is broken")
-    monkeypatch.setattr(worker.Pool, "measure", lambda *_, **__: broken)
+    broken = rows.Measurement("error", note="RuntimeError: the bench itself is broken")
+    monkeypatch.setattr(pool.Pool, "measure", lambda *_, **__: broken)
     found = invoke_json("run", *SMALL, "--budget", "60s", code=1)
     (shape,) = found["shapes"]
     assert (found["ok"], shape["median_us"]) == (False, None)

@@ -21,7 +21,7 @@ from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import store
+from mla_jit.tuning import lookup, shipped, store
 from mla_jit.tuning.rows import Trial, slug
 from mla_jit.tuning.store import Store
 
@@ -50,18 +50,18 @@ def trial(median_us: float | None = 10.0, *, c: Config | None = None, **fields) 
 @pytest.fixture
 def db(tmp_path):
     """The path of the user's database, not made yet; nothing shipped, nothing remembered."""
-    store.forget()
+    lookup.forget()
     (tmp_path / "data" / "tuning_db").mkdir(parents=True)
     with settings.scope(tuning_db=tmp_path / "home" / "tuning.db"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(resources, "PACKAGE", tmp_path / "data" / "package")
         yield tmp_path / "home" / "tuning.db"
-    store.forget()
+    lookup.forget()
 
 
 def ship(trials) -> Path:
     path = resources.PACKAGE.parent / "tuning_db" / "device_1" / "decode.jsonl"
-    store.export(trials, path)
-    store.forget()
+    shipped.export(trials, path)
+    lookup.forget()
     return path
 
 
@@ -72,7 +72,7 @@ def sql(path: Path, query: str) -> list[tuple]:
 
 
 def look(legal=lambda config: None, *, hinted=True, toolchain=NOW, **sizes):
-    return store.lookup(problem(**sizes), TARGET, legal, REVISIONS, toolchain, hinted=hinted)
+    return lookup.lookup(problem(**sizes), TARGET, legal, REVISIONS, toolchain, hinted=hinted)
 
 
 # -------------------------------------------------------------------------------------------------------------- Store
@@ -424,9 +424,9 @@ def test_export_sorts_and_is_read_back(db):
     assert [json.loads(line)["problem"]["batch"] for line in text.splitlines()] == [8, 8, 64, 64, 128, 128]
     assert ship(reversed(rows)).read_text() == text
     assert [p.name for p in path.parent.iterdir()] == ["decode.jsonl"]
-    assert set(store.shipped("Device 1", "decode")) == set(rows)
-    assert store.shipped("Device 1", "prefill") == store.shipped("Device 2", "decode") == ()
-    assert store.check_shipped(path) == []
+    assert set(shipped.rows("Device 1", "decode")) == set(rows)
+    assert shipped.rows("Device 1", "prefill") == shipped.rows("Device 2", "decode") == ()
+    assert shipped.check(path) == []
 
 
 def test_an_export_that_fails_leaves_the_old_file(db, monkeypatch):
@@ -434,7 +434,7 @@ def test_an_export_that_fails_leaves_the_old_file(db, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        store.export([trial(11.0)], path)
+        shipped.export([trial(11.0)], path)
     assert path.read_bytes() == before
     assert len(list(path.parent.iterdir())) == 1
 
@@ -459,10 +459,10 @@ def test_a_bad_line_is_listed_for_ci_and_skipped_with_one_warning(db, name):
     line, fault = BAD[name]
     path = ship([])
     path.write_bytes(b"\n".join([*(x.encode() for x in GOOD), line if isinstance(line, bytes) else line.encode(), b""]))
-    (found,) = store.check_shipped(path)
+    (found,) = shipped.check(path)
     assert found.startswith(fault)
     with pytest.warns(UserWarning, match="1, the first: line 3") as warned:
-        assert [t.to_json() for t in store.shipped("Device 1", "decode")] == GOOD
+        assert [t.to_json() for t in shipped.rows("Device 1", "decode")] == GOOD
     assert look(batch=8).provenance == "measured"  # without another warning
     assert len(warned) == 1
 
@@ -470,15 +470,15 @@ def test_a_bad_line_is_listed_for_ci_and_skipped_with_one_warning(db, name):
 def test_ci_also_wants_rows_sorted_and_spelt_as_exported(db):
     path = ship([])
     path.write_text(f"{GOOD[1]}\n{GOOD[0].replace(', ', ',')}\n")
-    assert store.check_shipped(path) == [
+    assert shipped.check(path) == [
         "line 2: not spelt as `export` writes it", "line 2: out of order; `export` sorts",
     ]  # fmt: skip
-    assert len(store.shipped("Device 1", "decode")) == 2
+    assert len(shipped.rows("Device 1", "decode")) == 2
 
 
 def test_the_shipped_files_are_whole():
     for path in sorted((ROOT / "tuning_db").glob("*/decode.jsonl")):
-        assert store.check_shipped(path) == [], path
+        assert shipped.check(path) == [], path
         assert path.parent.name == slug(path.parent.name)
 
 
@@ -491,9 +491,9 @@ import sys
 from mla_jit import settings
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import by_name
-from mla_jit.tuning import store
+from mla_jit.tuning import lookup
 settings.configure(tuning_db=__import__("pathlib").Path({str(db)!r}))
-print(store.lookup(DecodeProblem(num_heads=3), by_name("cpu"), lambda c: None, {{}}, ""))
+print(lookup.lookup(DecodeProblem(num_heads=3), by_name("cpu"), lambda c: None, {{}}, ""))
 print({{m for m in sys.modules if m.split(".")[0] in ("sqlite3", "sqlite_utils", "torch", "numpy")}})
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -636,7 +636,7 @@ def test_newer_rows_are_seen_without_forget(db):
 
 
 def test_a_database_that_cannot_be_read_is_told_once_and_done_without(db, caplog, monkeypatch):
-    monkeypatch.setattr(store, "_LOOKUP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(lookup, "_LOOKUP_TIMEOUT_S", 0.1)
     monkeypatch.setattr(layers, "_warned", set())
     monkeypatch.setattr(locks, "on_network", lambda path: True)
     ship([trial(50.0, c=config(7))])
@@ -671,7 +671,7 @@ def test_a_lookup_takes_microseconds_after_the_first(db):
         asked, best = problem(**sizes), 1e9
         for _ in range(20):
             started = time.perf_counter()
-            assert store.lookup(asked, TARGET, lambda c: None, REVISIONS, NOW)
+            assert lookup.lookup(asked, TARGET, lambda c: None, REVISIONS, NOW)
             best = min(best, time.perf_counter() - started)
         return best * 1e6
 
@@ -701,12 +701,12 @@ TABLE = {
 def test_robust():
     rows = over_lengths(TABLE)
     random.Random(0).shuffle(rows)
-    assert store.robust(rows) == config(2)
-    assert store.robust(over_lengths({5: {1024: 1.0}, 6: {1024: 2.0}})) is None
-    assert store.robust([]) is None
-    assert store.robust(over_lengths({6: {1024: 1.0, 2048: 1.0}, 5: {1024: 1.0, 2048: 1.0}})) == config(5)
+    assert lookup.robust(rows) == config(2)
+    assert lookup.robust(over_lengths({5: {1024: 1.0}, 6: {1024: 2.0}})) is None
+    assert lookup.robust([]) is None
+    assert lookup.robust(over_lengths({6: {1024: 1.0, 2048: 1.0}, 5: {1024: 1.0, 2048: 1.0}})) == config(5)
     faulty = [trial(None, status="hang", c=config(9), max_kv_len=kv) for kv in (1024, 4096, 16384)]
-    assert store.robust([*rows, *faulty]) == config(2)
+    assert lookup.robust([*rows, *faulty]) == config(2)
 
 
 def test_without_hints_the_worst_case_counts(db):
@@ -748,7 +748,7 @@ def test_configs_are_all_that_a_lookup_may_give(db):
             for hinted in (True, False)
             if (found := look(legal, batch=batch, max_kv_len=kv, num_heads=heads, hinted=hinted))
         }  # fmt: skip
-        ahead = store.configs(problem(num_heads=heads), TARGET, legal, REVISIONS, NOW)
+        ahead = lookup.configs(problem(num_heads=heads), TARGET, legal, REVISIONS, NOW)
         assert given <= set(ahead)
         assert len(ahead) < 40
-    assert store.configs(problem(num_heads=65), TARGET, legal, REVISIONS, NOW) == ()
+    assert lookup.configs(problem(num_heads=65), TARGET, legal, REVISIONS, NOW) == ()

@@ -13,7 +13,7 @@ from mla_jit import models, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.problem import DecodeProblem
 from mla_jit.tuning import store, sweep
-from mla_jit.tuning.worker import Measurement
+from mla_jit.tuning.rows import Measurement
 
 CPU = target.targets()["cpu"]
 HOPPER = target.targets()["sm_90"]

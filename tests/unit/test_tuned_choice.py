@@ -16,7 +16,7 @@ from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.ops.decode import splitk
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import store
+from mla_jit.tuning import lookup, store
 from mla_jit.tuning.rows import Trial
 
 HOPPER = target.targets()["sm_90"]
@@ -45,7 +45,7 @@ def database(tmp_path: Path) -> Iterator[Path]:
 def fill(path: Path, *trials: Trial) -> None:
     with store.Store(path) as opened:
         opened.add(trials)
-    store.forget()
+    lookup.forget()
 
 
 def test_without_a_database_the_default_is_taken_and_none_is_made(database: Path) -> None:

@@ -23,9 +23,10 @@ from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
 from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import by_name
-from mla_jit.tuning import worker
-from mla_jit.tuning.rows import FAULTS
-from mla_jit.tuning.worker import Measurement, Pool, run_candidate
+from mla_jit.tuning import candidate, stand, worker
+from mla_jit.tuning.candidate import run_candidate
+from mla_jit.tuning.pool import Pool
+from mla_jit.tuning.rows import FAULTS, Measurement
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -124,7 +125,7 @@ def test_what_is_no_measurement_is_refused(text: str) -> None:
 def test_lengths_meet_the_edges_of_pages_and_the_bound() -> None:
     for batch, longest, page in ((1, 4096, 64), (3, 4096, 64), (64, 131072, 64), (4, 100, 1), (2, 5, 64)):
         problem = dataclasses.replace(SMALL, batch=batch, max_kv_len=longest, page_size=page)
-        cases = worker.lengths(problem, 1 << 18)
+        cases = stand.lengths(problem, 1 << 18)
         every = [n for case in cases for n in case]
         assert {min(n, longest) for n in (1, page, page + 1, longest)} <= set(every)
         assert max(every) <= longest
@@ -132,14 +133,14 @@ def test_lengths_meet_the_edges_of_pages_and_the_bound() -> None:
         assert all(len(case) == batch for case in cases)
         assert len({tuple(case) for case in cases}) == len(cases) or longest == 5
         assert all(sum(case) <= longest + 2 * (1 << 18) for case in cases)
-        assert cases == worker.lengths(problem, 1 << 18)
+        assert cases == stand.lengths(problem, 1 << 18)
 
 
 def test_timed_lengths_are_the_bound_or_a_share_of_the_tokens() -> None:
-    assert worker.timed_lengths(SMALL) == [40, 40, 40]
-    assert worker.timed_lengths(dataclasses.replace(SMALL, total_kv=64)) == [22, 21, 21]
-    assert worker.timed_lengths(dataclasses.replace(SMALL, total_kv=1024)) == [40, 40, 40]
-    assert worker.timed_lengths(dataclasses.replace(SMALL, total_kv=0)) == [1, 1, 1]
+    assert stand.timed_lengths(SMALL) == [40, 40, 40]
+    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=64)) == [22, 21, 21]
+    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=1024)) == [40, 40, 40]
+    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=0)) == [1, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------------------ in this process
@@ -189,7 +190,7 @@ def test_a_stop_by_the_user_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker.plan, "make", stopped)
+    monkeypatch.setattr(candidate.plan, "make", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_candidate(SMALL, DECODE_BLOCKED_CPU.default(SMALL, by_name("cpu")), "cpu", 2, 0.1)
 
@@ -499,7 +500,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.path[:0] = [{root!r}, {here!r}]
 from mla_jit.config import Config
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning.worker import Pool
+from mla_jit.tuning.pool import Pool
 problem = DecodeProblem(num_heads=4, kv_lora_rank=32, rope_dim=16, page_size=8)
 pool = Pool(["null:0", "null:1"], target="sm_90", timer="worker_faults:timer")
 pool.measure("null:1", problem, Config.of("planted", does="ok", tag=0), rounds=1)
@@ -530,6 +531,6 @@ def test_nothing_outlives_the_parent(then: str, how: signal.Signals | None, log:
 def test_the_policy_is_one_line_with_its_figures() -> None:
     from mla_jit.tuning import bench
 
-    assert "\n" not in worker.POLICY
-    assert f"{bench.ROTATE_BYTES / (1 << 20):g} MiB" in worker.POLICY
+    assert "\n" not in candidate.POLICY
+    assert f"{bench.ROTATE_BYTES / (1 << 20):g} MiB" in candidate.POLICY
     assert math.isclose(bench.ROTATE_BYTES, 240 << 20)

@@ -1,0 +1,380 @@
+"""What the databases say of a problem: the user's rows, then the shipped, then the nearest measured neighbour's.
+
+A serving process without a database of its own never loads SQLite, and no lookup writes or creates a file. Nothing here
+imports torch. Times in µs, lengths in tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import attrgetter, ne
+from pathlib import Path
+from typing import Any
+
+from mla_jit.compile import layers
+from mla_jit.config import Config
+from mla_jit.errors import InvalidInput, StoreError
+from mla_jit.problem import Problem, bucket
+from mla_jit.target import Target
+from mla_jit.tuning import shipped
+from mla_jit.tuning.rows import OK, PROVENANCES, Trial
+from mla_jit.tuning.store import Store, read_trials, user_path
+
+Legal = Callable[[Config], str | None]  # the reason why a config cannot be used, or None
+
+_LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; readers wait on no writer under WAL
+_HARD_FIELDS = (
+    "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "layout", "context_parallel",
+    "batch_invariant",
+)  # fmt: skip
+_SOFT_FIELDS = (
+    "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
+    "out_dtype", "misaligned", "flat_pages", "index64",
+)  # fmt: skip
+_PLAYOFF = 2  # the effort from which times of different configs are comparable
+_AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
+_hard, _soft = attrgetter(*_HARD_FIELDS), attrgetter(*_SOFT_FIELDS)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `lookup` found. `provenance`: "measured", "imported", "stale", "neighbour" or "predicted".
+
+    `stale` was measured for this very problem, but at another revision of the template or with another toolchain;
+    `neighbour` was measured for another; what is only predicted is "predicted" for a neighbour too. `why` is one line.
+    """
+
+    config: Config
+    provenance: str
+    trial: Trial
+    why: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    trial: Trial
+    shipped: bool
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        """Timed in a playoff; the user's; the fastest; of equals the one with the fewest splits, then by its text."""
+        trial = self.trial
+        playoff = trial.effort >= _PLAYOFF
+        return not playoff, self.shipped, -trial.effort, trial.median_us, *_simplest(trial.config), trial.created
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Rows of one shape whose problems differ in nothing that a lookup looks at."""
+
+    shape: Shape
+    soft: tuple[Any, ...]
+    mean: int | None  # bucket of the mean length, where total_kv was given
+    wish: int | None  # num_kv_splits
+    rows: tuple[_Row, ...] = ()
+
+    @classmethod
+    def of(cls, problem: Any) -> _Cell:
+        """The empty cell of a problem."""
+        mean = None if problem.total_kv is None else bucket(-(-problem.total_kv // max(1, problem.batch)))
+        shape = problem.batch, problem.num_heads, problem.q_len, bucket(problem.max_kv_len)
+        return cls(shape, _soft(problem), mean, problem.num_kv_splits)
+
+    def differences(self, asked: _Cell) -> tuple[int, float]:
+        """In how many soft fields, hints and wishes it is another than what is asked for, and how far off in length."""
+        count = sum(map(ne, self.soft, asked.soft)) + (self.wish != asked.wish)
+        if self.mean is None or asked.mean is None:
+            return count, 0.0 if self.mean == asked.mean else math.inf
+        return count + (self.mean != asked.mean), _distance((self.mean,), (asked.mean,))
+
+    def exactly(self, asked: _Cell) -> bool:
+        return self.shape == asked.shape and not self.differences(asked)[0]
+
+    def say(self, asked: _Cell) -> str:
+        """The differences, one after the other: "batch 64 for 48, page_size 64 for 16"."""
+        pairs: list[tuple[str, Any, Any]] = [*zip(_AXES, self.shape, asked.shape, strict=True)]
+        pairs += zip(_SOFT_FIELDS, self.soft, asked.soft, strict=True)
+        if self.mean is not None and asked.mean is not None:
+            pairs.append(("mean length", self.mean, asked.mean))
+        pairs.append(("num_kv_splits", self.wish, asked.wish))
+        return ", ".join(f"{name} {has} for {wanted}" for name, has, wanted in pairs if has != wanted)
+
+
+def _simplest(config: Config) -> tuple[int, str]:
+    splits = config.get("num_kv_splits")
+    return splits if isinstance(splits, int) else 0, config.to_json()
+
+
+class _Pool:
+    """Rows that may be neighbours: of one target, with equal hard fields, all measured or all predicted."""
+
+    def __init__(self, rows: Iterable[_Row]):
+        cells: dict[_Cell, list[_Row]] = {}
+        for problem, group in itertools.groupby(rows, key=lambda row: row.trial.problem):
+            cells.setdefault(_Cell.of(problem), []).extend(group)
+        self.cells = [  # in an order that does not depend on the rows'
+            dataclasses.replace(cell, rows=tuple(sorted(cells[cell], key=lambda row: row.order)))
+            for cell in sorted(cells, key=lambda cell: (cell.shape, -(cell.mean or 0), str(cell)))
+        ]
+        self.shapes: dict[Shape, list[_Cell]] = {}
+        for cell in self.cells:
+            self.shapes.setdefault(cell.shape, []).append(cell)
+        self.range = [(min(axis), max(axis)) for axis in zip(*self.shapes, strict=True)]
+
+    def spans(self, shape: Shape) -> bool:
+        """Whether each axis of the shape (the first ones, if it is shorter) is inside the range of the rows'."""
+        return all(low <= x <= high for x, (low, high) in zip(shape, self.range, strict=False))
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A lookup: the problem's empty cell, and by what a row is judged."""
+
+    asked: _Cell
+    legal: Legal
+    revisions: Mapping[str, int]
+    toolchain: str
+
+    def nearest(self, pool: _Pool) -> Found | None:
+        """The row of the problem itself, else of the nearest shape that has a usable one, inside the pool's range."""
+        asked = self.asked
+        if (found := self._among(pool.shapes.get(asked.shape, ()))) is not None:
+            return found
+        if not pool.spans(asked.shape):
+            return None
+        return self._among(cell for cell in pool.cells if cell.shape != asked.shape)
+
+    def _among(self, cells: Iterable[_Cell]) -> Found | None:
+        """The best legal row of the nearest cell that has one; in a cell, stale rows after all others."""
+        asked = self.asked
+        order = sorted(self._usable(cells), key=lambda c: (_distance(c.shape, asked.shape), c.differences(asked)))
+        for cell, stale in itertools.product(order, (False, True)):
+            for row in cell.rows:
+                if bool(self._stale(row.trial)) == stale and self._legal(row):
+                    return self._found(cell, row)
+        return None
+
+    def robust(self, pool: _Pool) -> Found | None:
+        """The config that does best in the worst case over lengths up to max_kv_len, at the nearest other sizes."""
+        asked, sizes = self.asked, self.asked.shape[:3]
+        cells = [c for c in self._usable(pool.cells) if c.shape[3] <= asked.shape[3]]
+        if not cells or not pool.spans(sizes):
+            return None
+        nearest = min((_distance(c.shape[:3], sizes), c.shape[:3]) for c in cells)[1]
+        lines: dict[tuple[Any, ...], list[_Cell]] = {}
+        for cell in cells:
+            if cell.shape[:3] == nearest:
+                key = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
+                lines.setdefault((key.differences(asked), str(key)), []).append(cell)
+        for _, line in sorted(lines.items()):
+            rows = [(cell, row) for cell in line for row in cell.rows if self._legal(row)]
+            for stale, foreign in itertools.product((False, True), repeat=2):
+                some = [(c, r) for c, r in rows if r.shipped == foreign and (stale or not self._stale(r.trial))]
+                if (config := robust(row.trial for _, row in some)) is None:
+                    continue
+                mine = [(c, r) for c, r in some if r.trial.config == config]
+                cell, row = min(mine, key=lambda pair: (-pair[0].shape[3], pair[1].order))
+                lengths = sorted({c.shape[3] for c, _ in mine})
+                unhinted = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
+                return self._found(unhinted, row, f"best worst case over kv {', '.join(map(str, lengths))}; ")
+        return None
+
+    def _usable(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
+        """Without those timed under another wish for splits than the problem's, which overrides the config's."""
+        return (cell for cell in cells if cell.wish in (None, self.asked.wish))
+
+    def reachable(self, pool: _Pool) -> Iterator[Config]:
+        """The configs that this question may be answered with for any batch and length, hinted or not."""
+        fixed = self.asked.shape[1:3]
+        if not all(low <= x <= high for x, (low, high) in zip(fixed, pool.range[1:3], strict=True)):
+            return
+        shapes: dict[tuple[int, int], list[Shape]] = {}
+        for shape in pool.shapes:
+            shapes.setdefault((shape[0], shape[3]), []).append(shape)
+        for (
+            batch,
+            kv,
+        ), rivals in shapes.items():  # they differ in what is fixed, so one is the nearest whatever is asked
+            cells = [cell for shape in rivals for cell in pool.shapes[shape]]
+            asked = dataclasses.replace(self.asked, shape=(batch, *fixed, kv))
+            for mean in {None, *(cell.mean for cell in cells)}:
+                hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, mean=mean))
+                if (found := hinted._among(cells)) is not None:
+                    yield found.config
+            if (found := dataclasses.replace(self, asked=asked).robust(pool)) is not None:
+                yield found.config
+
+    def _legal(self, row: _Row) -> bool:
+        config = row.trial.config
+        try:  # a row of an older revision may lack a tunable, or have one of another type
+            return config.variant in self.revisions and self.legal(config) is None
+        except (KeyError, AssertionError):
+            return False
+
+    def _stale(self, trial: Trial) -> str:
+        """Why the row is stale, or ""."""
+        now = self.revisions.get(trial.config.variant)
+        if trial.revision != now:
+            return f"stale: revision {trial.revision}, now {now}"
+        return "" if trial.toolchain == self.toolchain else f"stale: {trial.toolchain}, now {self.toolchain}"
+
+    def _found(self, cell: _Cell, row: _Row, how: str = "") -> Found:
+        trial, stale = row.trial, self._stale(row.trial)
+        exact = cell.exactly(self.asked)
+        provenance = trial.provenance
+        if exact and stale:
+            provenance = "stale"
+        elif not exact and provenance != PROVENANCES[-1]:
+            provenance = "neighbour"
+        whose = "shipped row" if row.shipped else "the user's row"
+        match = f"{whose} of this problem" if exact else f"nearest is a {whose.split()[-2]} row with "
+        match += "" if exact else cell.say(self.asked)
+        why = f"{how}{match}: {trial.provenance}, {trial.median_us:.2f} us" + (f"; {stale}" if stale else "")
+        return Found(trial.config, provenance, trial, why)
+
+
+def _distance(a: Shape, b: Shape) -> float:
+    """Euclidean, of the sizes' binary logarithms."""
+    return round(math.dist(_logs(a), _logs(b)), 9)
+
+
+@functools.lru_cache(maxsize=65536)
+def _logs(shape: Shape) -> tuple[float, ...]:
+    return tuple(math.log2(max(x, 1)) for x in shape)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What is in memory of a device's rows: pools by hard fields, measured ones first, and what `configs` found."""
+
+    signature: object
+    pools: dict[tuple[Any, ...], list[_Pool]]
+    reachable: dict[object, tuple[Config, ...]] = dataclasses.field(default_factory=dict)
+
+
+_indexes: dict[tuple[str, str, str], _Index] = {}
+
+
+def lookup(
+    problem: Problem, target: Target, legal: Legal, revisions: Mapping[str, int], toolchain: str, *,
+    hinted: bool = True,
+) -> Found | None:  # fmt: skip
+    """The best stored config for a problem on a target's device, or None where nothing stored says anything of it.
+
+    The rows of the problem itself, else of the nearest shape with the same hard fields that `legal` lets pass, never
+    beyond the sizes measured; the user's before the shipped, current before stale, measured before predicted. Without
+    hints (`hinted` False: max_kv_len is but a capacity) the config with the best worst case over the lengths measured.
+    `revisions` and `toolchain` are today's, by variant; rows of a variant without a revision are not used.
+    Never raises for what a database holds or lacks, and never creates one.
+    """
+    question = _Question(_Cell.of(problem), legal, revisions, toolchain)
+    for pool in _index(target, problem.op).pools.get(_hard(problem), ()):
+        if not hinted and (found := question.robust(pool)) is not None:
+            return found
+        if (found := question.nearest(pool)) is not None:
+            return found
+    return None
+
+
+def configs(
+    problem: Problem, target: Target, legal: Legal, revisions: Mapping[str, int], toolchain: str
+) -> tuple[Config, ...]:  # fmt: skip
+    """The configs that `lookup` may give for the problem in any batch and length, hinted or not: what to compile ahead.
+
+    Memoised for the problem without its batch and length; `legal` is asked for the first of them.
+    """
+    question = _Question(_Cell.of(problem), legal, revisions, toolchain)
+    index, asked = _index(target, problem.op), question.asked
+    kind = _hard(problem), asked.soft, asked.wish, asked.shape[1:3], toolchain, tuple(sorted(revisions.items()))
+    if kind not in index.reachable:
+        pools = index.pools.get(_hard(problem), ())
+        found = {config for pool in pools for config in question.reachable(pool)}
+        index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *_simplest(config))))
+    return index.reachable[kind]
+
+
+def robust(trials: Iterable[Trial]) -> Config | None:
+    """The config with the least worst ratio to the fastest, over the lengths at which it was timed; None if only one.
+
+    Only configs that were timed at the most lengths count: of the others the worst case is not known. Of a config's
+    times at a length the one of the most effort counts, of a length the best of the most effort.
+    """
+    cells: dict[tuple[object, _Cell], dict[Config, tuple[int, float]]] = {}
+    for problem, group in itertools.groupby(trials, key=lambda trial: trial.problem):
+        times = cells.setdefault((_hard(problem), _Cell.of(problem)), {})
+        for trial in group:
+            if trial.median_us is not None:
+                time = -trial.effort, trial.median_us
+                times[trial.config] = min(time, times.get(trial.config, time))
+    ratios: dict[Config, list[float]] = {}
+    lengths: dict[Config, set[int]] = {}
+    for (_, cell), times in cells.items():
+        kv, (_, best) = cell.shape[3], min(times.values(), default=(0, 0.0))
+        for config, (_, time_us) in times.items():
+            ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
+            lengths.setdefault(config, set()).add(kv)
+    most = max(map(len, ratios.values()), default=0)
+    widest = [config for config in ratios if len(ratios[config]) == most and len(lengths[config]) > 1]
+    return min(widest, key=lambda config: (max(ratios[config]), *_simplest(config)), default=None)
+
+
+def forget() -> None:
+    """The next lookup reads the user's database and the shipped rows again."""
+    _indexes.clear()
+    shipped.forget()
+
+
+def _index(target: Target, op: str) -> _Index:
+    """Read once, and again when the user's database has changed."""
+    path = user_path()
+    signature = (path, _signature(str(path)), _signature(f"{path}-wal"))
+    key = target.device, op, target.name
+    held = _indexes.get(key)
+    if held is not None and held.signature == signature:
+        return held
+    rows = [_Row(trial, False) for trial in (_users(path, target, op) if signature[1] is not None else ())]
+    rows += [
+        _Row(trial, True) for trial in shipped.rows(target.device, op)
+        if trial.status == OK and (trial.device, trial.target) == (target.device, target.name)
+    ]  # fmt: skip
+    groups: dict[tuple[Any, ...], dict[bool, list[_Row]]] = {}
+    for row in rows:
+        predicted = row.trial.provenance == PROVENANCES[-1]
+        groups.setdefault(_hard(row.trial.problem), {}).setdefault(predicted, []).append(row)
+    found = {hard: [_Pool(group[predicted]) for predicted in sorted(group)] for hard, group in groups.items()}
+    _indexes[key] = _Index(signature, found)
+    return _indexes[key]
+
+
+def _signature(path: str) -> object:
+    """What changes when a file does; None for one that is not there, or is empty as a log is after its checkpoint."""
+    try:
+        seen = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return str(error)
+    return (seen.st_ino, seen.st_mtime_ns, seen.st_size) if seen.st_size else None
+
+
+def _users(path: Path, target: Target, op: str) -> list[Trial]:
+    """The user's good trials for a device; what cannot be read is skipped, with one warning."""
+    bad: list[InvalidInput] = []
+    try:
+        with Store(path, readonly=True, timeout_s=_LOOKUP_TIMEOUT_S) as store:
+            records = store._select("trials", {"device": target.device, "op": op, "target": target.name, "status": OK})
+        found = list(read_trials(records, bad.append))
+    except StoreError as error:
+        layers.warn_once(f"tuning database {path}", f"mla_jit does without its user's tuning rows: {error}")
+        return []
+    if bad:
+        layers.warn_once(f"rows of {path}", f"mla_jit skips {len(bad)} rows of {path}, the first: {bad[0]}")
+    return found

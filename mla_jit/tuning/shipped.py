@@ -1,0 +1,111 @@
+"""The rows that ship with the package: tuning_db/<device>/<op>.jsonl, sorted, one a line. Read only.
+
+No lookup writes a file, whatever is in them. Imports neither SQLite nor torch.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mla_jit import resources
+from mla_jit.tuning.rows import PROVENANCES, Trial, slug
+from mla_jit.tuning.store import PROBLEM_COLUMNS, plain
+
+_shipped: dict[tuple[str, str], tuple[Trial, ...]] = {}
+
+
+def rows(device: str, op: str) -> tuple[Trial, ...]:
+    """The shipped rows of a device and an op, read once a process; () where there are none.
+
+    Bad, repeated and contradictory lines are skipped with one warning a file; `check` lists them.
+    """
+    if (device, op) not in _shipped:
+        try:
+            path = resources.path("tuning_db", slug(device), f"{op}.jsonl")
+        except FileNotFoundError:
+            return _shipped.setdefault((device, op), ())
+        try:
+            kept, faults, _ = _examine(path)
+        except OSError as error:
+            kept, faults = [], [str(error)]
+        _shipped[device, op] = tuple(kept)
+        if faults:
+            warnings.warn(
+                f"{path} is used without its faults ({len(faults)}, the first: {faults[0]}); "
+                "reinstall mla_jit, or report it",
+                stacklevel=2,
+            )
+    return _shipped[device, op]
+
+
+def check(path: Path) -> list[str]:
+    """What is wrong with a file of shipped rows, one line a fault; [] for a good one. OSError if it cannot be read."""
+    _, faults, style = _examine(path)
+    return faults + style
+
+
+def export(trials: Iterable[Trial], path: Path) -> int:
+    """Writes trials as a file of shipped rows, sorted, each once; the number written.
+
+    What stood at `path` is replaced at once or not at all; no other file is touched. InvalidInput, OSError.
+    """
+    rows = sorted({trial.to_json(): trial for trial in map(plain, trials)}.values(), key=_order)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with staged.open("x", encoding="utf-8") as file:
+            file.writelines(f"{trial.to_json()}\n" for trial in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    return len(rows)
+
+
+def _order(trial: Trial) -> tuple[Any, ...]:
+    """The order of shipped rows: by problem, then where, then what."""
+    values = (getattr(trial.problem, name) for name in PROBLEM_COLUMNS)
+    problem = tuple((0,) if value is None else (1, value) for value in values)
+    place = trial.target, trial.device, PROVENANCES.index(trial.provenance)
+    return problem, place, trial.config.to_json(), trial.to_json()
+
+
+def _examine(path: Path) -> tuple[list[Trial], list[str], list[str]]:
+    """Of a file of shipped rows: the good ones, why the others are not used, and what only its looks lack."""
+    kept: list[Trial] = []
+    faults, style = [], []
+    lines: dict[tuple[Any, ...], tuple[int, Trial]] = {}
+    for number, raw in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line = raw.decode()
+            trial = plain(Trial.from_json(line))
+        except ValueError as error:  # InvalidInput and UnicodeDecodeError are
+            faults.append(f"line {number}: {error}")
+            continue
+        if slug(trial.device) != path.parent.name or trial.op != path.stem:
+            faults.append(f"line {number}: belongs to {slug(trial.device)}/{trial.op}.jsonl")
+            continue
+        claim = trial.problem, trial.config, trial.target, trial.device, trial.provenance
+        first, other = lines.setdefault(claim, (number, trial))
+        if first != number:
+            what = "repeats" if trial == other else "contradicts"
+            faults.append(f"line {number}: {what} line {first}, the same config for the same problem")
+            continue
+        if line != trial.to_json():
+            style.append(f"line {number}: not spelt as `export` writes it")
+        if kept and _order(kept[-1]) > _order(trial):
+            style.append(f"line {number}: out of order; `export` sorts")
+        kept.append(trial)
+    return kept, faults, style
+
+
+def forget() -> None:
+    """The files are read again when they are next asked for."""
+    _shipped.clear()
