@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
-from mla_jit import plan, settings
+from mla_jit import plan
 from mla_jit.compile import cache
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.errors import MlaJitError, NoVariant
@@ -133,10 +133,7 @@ def build_all(
 ) -> list[Built]:
     """Compiles the jobs that are not in the cache, `workers` at a time (if absent, one a usable CPU)."""
     done: list[Built] = []
-    with (
-        settings.scope(safe_compile=True, mode="serve"),
-        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
-    ):
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         for future in as_completed([pool.submit(_build, job) for job in jobs]):
             done.append(future.result())
             if on_done is not None:
@@ -146,7 +143,7 @@ def build_all(
 
 def _build(job: Job) -> Built:
     try:
-        artifact, origin = cache.build_traced(job.source)
+        artifact, origin = cache.build_traced(job.source, apart=True)
     except MlaJitError as error:
         return Built(job, None, "", str(error))
     return Built(job, artifact, origin)

@@ -5,6 +5,7 @@ MlaJitError
 ├── NoVariant           (also LookupError)   valid, but no variant of any backend accepts it on this target
 ├── UnknownTarget       (also LookupError)   a device or target name that configs/targets.yaml has no row for
 ├── CompileError        (also RuntimeError)  the compiler or assembler refused, aborted or timed out
+│   ├── CompilerAborted                      its process died, or was killed because it did not end
 │   └── IllegalArtifact                      it compiled, but the result cannot run on the target
 ├── CacheMiss           (also RuntimeError)  strict mode, or under graph capture: not compiled ahead
 ├── LaunchError         (also RuntimeError)  the driver refused to load or to launch
@@ -46,6 +47,10 @@ class CompileError(MlaJitError, RuntimeError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_rebuild, (type(self), str(self), self.key, self.log))
+
+
+class CompilerAborted(CompileError):
+    """The compiling process died, or did not end and was killed."""
 
 
 class IllegalArtifact(CompileError):

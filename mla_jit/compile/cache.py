@@ -73,17 +73,22 @@ def build(source: Source, *, forbid_compile: str | None = None) -> Artifact:
     return build_traced(source, forbid_compile=forbid_compile)[0]
 
 
-def build_traced(source: Source, *, forbid_compile: str | None = None) -> tuple[Artifact, Origin]:
-    """`build`, and where the artifact came from: "memory", "disk" (the root), "layer" (a read-only one), "compiled"."""
+def build_traced(
+    source: Source, *, forbid_compile: str | None = None, apart: bool = False
+) -> tuple[Artifact, Origin]:  # fmt: skip
+    """`build`, and where the artifact came from: "memory", "disk" (the root), "layer" (a read-only one), "compiled".
+
+    `apart`: compile in a child process, in every mode: the way of those who compile ahead or tune.
+    """
     if (found := _find(source)) is not None:
         return found
-    if forbid_compile is None and settings.current().mode == "strict":
+    if forbid_compile is None and not apart and settings.current().mode == "strict":
         forbid_compile = "in strict mode"
     if forbid_compile is not None:
         raise _miss(source, forbid_compile)
     deadline = time.monotonic() + settings.current().lock_timeout_s
     with locks.thread_lock(source.key, deadline):
-        return _find(source) or _compile(source, deadline)
+        return _find(source) or _compile(source, deadline, apart or settings.current().safe_compile)
 
 
 def lookup(source_or_key: Source | str) -> Artifact | None:
@@ -179,7 +184,7 @@ def _find(wanted: Source | str) -> tuple[Artifact, Origin] | None:
     return None
 
 
-def _compile(source: Source, deadline: float) -> tuple[Artifact, Origin]:
+def _compile(source: Source, deadline: float, apart: bool) -> tuple[Artifact, Origin]:
     """Compiles and publishes, unless another process does while we wait for its lock."""
     module = _module(source)
     store = _root_store()
@@ -194,7 +199,7 @@ def _compile(source: Source, deadline: float) -> tuple[Artifact, Origin]:
     with locks.file_lock(directory, source.key, deadline, published):
         if found or published():
             return found[0]
-        run = child.compile_apart if settings.current().safe_compile else child.compile_here
+        run = child.compile_apart if apart else child.compile_here
         artifact = run(source, module)
         if store is not None:
             artifact = _publish(store, source, artifact)

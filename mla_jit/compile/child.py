@@ -23,7 +23,7 @@ from typing import Any
 
 from mla_jit import errors, settings
 from mla_jit.compile.artifact import Artifact, Source
-from mla_jit.errors import CompileError, MlaJitError
+from mla_jit.errors import CompileError, CompilerAborted, MlaJitError
 
 _LOG_CHARS = 1 << 16  # of a compiler's output that an error carries
 _USEFUL = re.compile(r"error|assert|fatal|abort|terminate|unsupported|exceed|failed", re.IGNORECASE)
@@ -78,7 +78,8 @@ def _run(source: Source, module: str, env: dict[str, str]) -> Artifact:
     except subprocess.TimeoutExpired:
         log = _kill(process)
         hint = f"; the limit is MLA_JIT_COMPILE_TIMEOUT_S, now {timeout_s:g} s"
-        raise _failure(source, f"the compiler did not end and was killed: {_first_useful(log)}{hint}", log) from None
+        what = f"the compiler did not end and was killed: {_first_useful(log)}{hint}"
+        raise _failure(source, what, log, CompilerAborted) from None
     except BaseException:
         _kill(process)
         raise
@@ -100,11 +101,11 @@ def _answer(source: Source, status: int, out: bytes, log: str) -> Artifact:
         if artifact.sha256 == answer["manifest"]["sha256"]:
             return artifact
     how = f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
-    raise _failure(source, f"the compiler {how}: {_first_useful(log)}", log)
+    raise _failure(source, f"the compiler {how}: {_first_useful(log)}", log, CompilerAborted)
 
 
-def _failure(source: Source, what: str, log: str = "") -> CompileError:
-    return CompileError(
+def _failure(source: Source, what: str, log: str = "", kind: type[CompileError] = CompileError) -> CompileError:
+    return kind(
         f"{source.name} for {source.isa} was not compiled, {what} (key {source.key}). "
         "Choose another config or variant for this problem.",
         key=source.key,

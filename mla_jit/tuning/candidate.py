@@ -15,7 +15,7 @@ from typing import Any
 
 from mla_jit import ops, plan, target
 from mla_jit.config import Config
-from mla_jit.errors import CompileError, IllegalArtifact, InvalidInput
+from mla_jit.errors import CompileError, CompilerAborted, IllegalArtifact, InvalidInput
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
@@ -25,8 +25,8 @@ from mla_jit.tuning.stand import Fault, Run, Stand
 POLICY = (
     "v1: µs a call, median and max - min over rounds. A round replays, for the window, one CUDA graph of a call on "
     "each of the input sets, whose KV together exceeds 240 MiB (host variants: calls timed by perf_counter, sets "
-    "beyond 4 × L2). Every sequence has max_kv_len tokens, or its share of total_kv; the table has the capacity's "
-    "width. Timed only after a check against the float64 reference"
+    "beyond 4 × L2). Every sequence has max_kv_len tokens, or, with total_kv, log-uniform lengths with that sum; the "
+    "table has the capacity's width. Timed only after a check against the float64 reference"
 )
 Timer = Callable[[DecodeProblem, Config, int], Sequence[float]]  # (problem, config, rounds) -> µs a call, by round
 
@@ -78,7 +78,7 @@ def attempt(
         median = statistics.median(times)
         return Measurement(OK, median_us=median, spread_us=max(times) - min(times), **found), False
     except (Exception, SystemExit) as error:  # whatever a candidate raises is its result, with the reason
-        fault = error if isinstance(error, Fault) else _fault_of(error)
+        fault = error if isinstance(error, Fault) else fault_of(error)
         doubtful = fault.doubtful or not _sound(device)
         return Measurement(fault.status, note=" ".join(fault.note.split())[:500], **found), doubtful
 
@@ -142,10 +142,12 @@ def quarantine_keys(source_hash: str, problem: DecodeProblem, config: Config) ->
     return source_hash, f"{source_hash} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _fault_of(error: BaseException) -> Fault:
+def fault_of(error: BaseException) -> Fault:
     """The status of what a candidate has raised."""
     text = f"{error}\n{getattr(error, 'log', '')}"
     note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if isinstance(error, CompilerAborted):
+        return Fault("compiler_abort", note)
     if isinstance(error, CompileError):
         short = isinstance(error, IllegalArtifact) or "ptxas" in text or "OutOfResources" in text
         return Fault("too_many_resources" if short and _RESOURCES.search(text) else "compile_error", note)
@@ -187,7 +189,7 @@ def _stand(problem: DecodeProblem, where: Target, device: str) -> Stand:
     try:
         return _kept.setdefault(key, Stand(problem, where, device))
     except Exception as error:
-        fault = _fault_of(error)
+        fault = fault_of(error)
         if fault.status != "out_of_memory":
             raise
         note = f"inputs and reference do not fit the device, before any kernel: {fault.note}"

@@ -23,7 +23,7 @@ from mla_jit.errors import InvalidInput, StoreError
 from mla_jit.problem import Problem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import shipped
-from mla_jit.tuning.rows import OK, PROVENANCES, Trial
+from mla_jit.tuning.rows import OK, PROVENANCES, Trial, preferred, simplest
 from mla_jit.tuning.store import Store, read_trials, user_path
 
 Legal = Callable[[Config], str | None]  # the reason why a config cannot be used, or None
@@ -68,7 +68,7 @@ class _Row:
         """Timed in a playoff; the user's; the fastest; of equals the one with the fewest splits, then by its text."""
         trial = self.trial
         playoff = trial.effort >= _PLAYOFF
-        return not playoff, self.shipped, -trial.effort, trial.median_us, *_simplest(trial.config), trial.created
+        return not playoff, self.shipped, -trial.effort, trial.median_us, *simplest(trial.config), trial.created
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,12 @@ class _Cell:
         return ", ".join(f"{name} {has} for {wanted}" for name, has, wanted in pairs if has != wanted)
 
 
-def _simplest(config: Config) -> tuple[int, str]:
-    splits = config.get("num_kv_splits")
-    return splits if isinstance(splits, int) else 0, config.to_json()
+def _ranked(rows: Iterable[_Row]) -> list[_Row]:
+    """Best first; of the best kind (see `_Row.order`) the preferred config leads, whatever the noise says."""
+    order = sorted(rows, key=lambda row: row.order)
+    kind = [row for row in order if row.order[:3] == order[0].order[:3]]
+    first = preferred((row.trial.config, row.trial.median_us or 0.0, row.trial.spread_us) for row in kind)
+    return sorted(order, key=lambda row: (row.order[:3], row.trial.config != first))
 
 
 class _Pool:
@@ -121,7 +124,7 @@ class _Pool:
         for problem, group in itertools.groupby(rows, key=lambda row: row.trial.problem):
             cells.setdefault(_Cell.of(problem), []).extend(group)
         self.cells = [  # in an order that does not depend on the rows'
-            dataclasses.replace(cell, rows=tuple(sorted(cells[cell], key=lambda row: row.order)))
+            dataclasses.replace(cell, rows=tuple(_ranked(cells[cell])))
             for cell in sorted(cells, key=lambda cell: (cell.shape, -(cell.mean or 0), str(cell)))
         ]
         self.shapes: dict[Shape, list[_Cell]] = {}
@@ -297,7 +300,7 @@ def configs(
     if kind not in index.reachable:
         pools = index.pools.get(_hard(problem), ())
         found = {config for pool in pools for config in question.reachable(pool)}
-        index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *_simplest(config))))
+        index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *simplest(config))))
     return index.reachable[kind]
 
 
@@ -323,7 +326,7 @@ def robust(trials: Iterable[Trial]) -> Config | None:
             lengths.setdefault(config, set()).add(kv)
     most = max(map(len, ratios.values()), default=0)
     widest = [config for config in ratios if len(ratios[config]) == most and len(lengths[config]) > 1]
-    return min(widest, key=lambda config: (max(ratios[config]), *_simplest(config)), default=None)
+    return min(widest, key=lambda config: (max(ratios[config]), *simplest(config)), default=None)
 
 
 def forget() -> None:

@@ -167,6 +167,11 @@ class Pool:
                 self._remember(problem, config, device, reply)
             return reply.measurement
 
+    def versions(self, device: str) -> dict[str, str]:
+        """ "torch" and "driver" of a device, as far as there are any; {} before its first `measure`."""
+        worker = self._slots[device].worker
+        return {} if worker is None else dict(worker.versions)
+
     def _reply(self, slot: _Slot, request: dict[str, Any]) -> Reply:
         while True:
             worker = self._worker(slot)

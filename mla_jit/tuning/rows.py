@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ FAULTS = (
 )  # fmt: skip
 PROVENANCES = ("measured", "imported", "predicted")  # best first
 PROBLEMS = {"decode": DecodeProblem}  # by op
+NOISE = 0.25  # of the greater spread: closer medians are equal
 SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie
 
 
@@ -137,3 +139,20 @@ class Trial:
 def slug(device: str) -> str:
     """The directory of a device's shipped rows: "NVIDIA H200" → "nvidia_h200"."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def preferred(times: Iterable[tuple[Config, float, float | None]]) -> Config:
+    """Of configs with a median and a spread the fastest; of those within the noise of it the simplest.
+
+    Noise: a quarter of the greater spread (max - min over rounds), about what medians of the same config differ by.
+    """
+    known = list(times)
+    _, best_us, best_spread = min(known, key=lambda row: (row[1], row[0].to_json()))
+    ties = [config for config, us, spread in known if us - best_us <= NOISE * max(spread or 0.0, best_spread or 0.0)]
+    return min(ties, key=simplest)
+
+
+def simplest(config: Config) -> tuple[int, str]:
+    """The order of equals: fewest splits, then by JSON."""
+    splits = config.get("num_kv_splits")
+    return splits if isinstance(splits, int) else 0, config.to_json()

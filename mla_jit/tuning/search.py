@@ -21,7 +21,7 @@ from mla_jit.errors import InvalidInput
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 from mla_jit.tuning.heuristic import predicted_us
-from mla_jit.tuning.rows import OK
+from mla_jit.tuning.rows import OK, preferred
 
 SEARCHES = ("auto", "exhaustive")
 SHORT, LONGER, PLAYOFF = 0, 1, 2  # efforts
@@ -82,14 +82,16 @@ class Outcome:
 
 def tune(
     problem: DecodeProblem, target: Target, candidates: Sequence[Config], measure: Measure, *, budget_s: float,
-    search: str = "auto", incumbent: Config | None = None, default: Config | None = None,
+    search: str = "auto", incumbents: Sequence[Config] = (), default: Config | None = None,
     on_event: OnEvent | None = None, clock: Callable[[], float] = time.monotonic,
     rank: Callable[[Config], float] | None = None, done: Mapping[tuple[Config, int], Measurement] | None = None,
+    ready: Callable[[Sequence[Config], float], Iterable[Config]] | None = None,
 ) -> Outcome:  # fmt: skip
     """The fastest of the candidates as far as `budget_s` seconds allow. Deterministic but for what `measure` says.
 
-    `default` is the first candidate unless given; it and the `incumbent` are measured first and are in the playoff.
+    `default` is the first candidate unless given; it and the `incumbents` are measured first and are in the playoff.
     `rank` predicts a config's µs (`heuristic.predicted_us`). `done` are measurements made before: none is repeated.
+    `ready(configs, seconds)` gives the configs of a batch in the order in which to measure them, as they are compiled.
     The budget is looked at before each measurement; a search that it or Ctrl-C stops gives the best so far. Of configs
     that the noise cannot tell apart, the one with the fewest splits wins, then the first by its JSON.
 
@@ -103,8 +105,8 @@ def tune(
         if not candidates:
             raise InvalidInput(f"no candidate for {problem} on {target.name}: no variant accepts it; see supports()")
         default = candidates[0]
-    asked = list(dict.fromkeys([default, *([incumbent] if incumbent is not None else [])]))
-    sweep = _Sweep(measure, budget_s, clock, on_event or (lambda name, data: None), dict(done or {}))
+    asked = list(dict.fromkeys([default, *incumbents]))
+    sweep = _Sweep(measure, budget_s, clock, on_event or (lambda name, data: None), dict(done or {}), ready)
     stopped = "done"
     try:
         everything = list(dict.fromkeys([*asked, *candidates]))
@@ -141,8 +143,10 @@ class _Sweep:
     def __init__(
         self, measure: Measure, budget_s: float, clock: Callable[[], float], on_event: OnEvent,
         done: dict[tuple[Config, int], Measurement],
+        ready: Callable[[Sequence[Config], float], Iterable[Config]] | None,
     ) -> None:  # fmt: skip
         self.measure, self.clock, self.on_event, self.done = measure, clock, on_event, done
+        self.ready = ready or (lambda configs, seconds: configs)
         self.started = clock()
         self.deadline = self.started + budget_s
         self.trials: dict[tuple[Config, int], Measurement] = {}
@@ -157,14 +161,19 @@ class _Sweep:
         count = min(len(ranked), max(_LEAST, min(_MOST, math.ceil(share))))
         exhaustive = exhaustive or count == len(ranked)
         count = len(ranked) if exhaustive else count
+        guide = _Guide(ranked, predicted)
         leaders = max(_LEADERS[0], min(_LEADERS[1], count // 8))
         planned = count + leaders + _PASSES * (_FINALISTS + len(asked))
         self.on_event("start", {"candidates": len(ranked), "planned": planned})
+        if not exhaustive:  # so that these are compiled while the first are measured
+            self.on_event(
+                "shortlist", {"effort": SHORT, "configs": (*asked, *guide.leaders(round(count * _BATCHES[0])))}
+            )
         self.rung(asked, SHORT)
         if exhaustive:
             self.rung([c for c in ranked if c not in asked], SHORT)
         else:
-            self.explore(_Guide(ranked, predicted), asked, count - len(asked))
+            self.explore(guide, asked, count - len(asked))
         self.rung(self.best()[:leaders], LONGER)
         self.playoff(list(dict.fromkeys([*self.best()[:_FINALISTS], *asked])))
 
@@ -182,11 +191,16 @@ class _Sweep:
             self.rung(before, SHORT)
 
     def rung(self, configs: Sequence[Config], effort: int) -> None:
-        self.on_event("shortlist", {"effort": effort, "configs": tuple(configs)})
+        todo = []
         for config in configs:
             if config not in self.faults and (config, effort) not in self.trials:
-                found = self.done.get((config, effort))
-                self.record(config, effort, found or self.run(config, effort), new=found is None)
+                if (found := self.done.get((config, effort))) is not None:
+                    self.record(config, effort, found, new=False)
+                else:
+                    todo.append(config)
+        self.on_event("shortlist", {"effort": effort, "configs": tuple(todo)})
+        for config in self.ready(todo, self.deadline - self.clock()):
+            self.record(config, effort, self.run(config, effort), new=True)
 
     def playoff(self, configs: Sequence[Config]) -> None:
         """The finalists in turn, each pass in the opposite order. What was measured counts if the search is stopped."""
@@ -239,8 +253,8 @@ class _Sweep:
 
     def outcome(self, default: Config, candidates: Iterable[Config], stopped: str) -> Outcome:
         known, order = self.estimates(), self.best()
-        ties = [c for c in order if _us(known[c]) - _us(known[order[0]]) <= _noise(known[c], known[order[0]])]
-        winner = min(ties, key=lambda c: (_splits(c), c.to_json()), default=default)
+        times = {c: (c, _us(known[c]), known[c].spread_us) for c in order}
+        winner = preferred(times.values()) if order else default
         second = next((c for c in order if c != winner), None)
         return Outcome(
             winner=winner,
@@ -254,17 +268,17 @@ class _Sweep:
             skipped=len(set(candidates) - self.tried),
             seconds=self.clock() - self.started,
             stopped=stopped,
-            why=self.why(winner, default, len(ties), stopped),
+            why=self.why(winner, default, stopped),
         )
 
-    def why(self, winner: Config, default: Config, ties: int, stopped: str) -> str:
+    def why(self, winner: Config, default: Config, stopped: str) -> str:
         known, tried = self.estimates(), len(self.tried)
         early = {"budget": "; the budget is spent", "interrupted": "; interrupted"}.get(stopped, "")
         if winner not in known:
             cause = f"none of {tried} measured ran" if tried else "nothing was measured"
             return f"the default, unmeasured: {cause}{early}"
         text = f"of {tried} measured "
-        text += "the fastest" if ties == 1 else f"the one with fewest splits among {ties} within the noise"
+        text += "the fastest" if winner == self.best()[0] else "the simplest of those within the noise of the fastest"
         if winner == default:
             text = f"the default: {text}"
         elif default in known:
@@ -301,13 +315,9 @@ class _Guide:
     def next(self, count: int, *, by_group: bool) -> list[Config]:
         """The next `count` configs; `by_group`: the best of each group as ranked first, in half of the places."""
         batch: list[Config] = []
-        if by_group:
-            leaders: dict[Any, Config] = {}
-            for config in self.ranked:
-                leaders.setdefault(_group(config), config)
-            for config in list(leaders.values())[: max(1, count // 2)]:
-                if self.allowed(self.place[config]):
-                    batch.append(self.choose(config))
+        for config in self.leaders(count) if by_group else ():
+            if self.allowed(self.place[config]):
+                batch.append(self.choose(config))
         mean = statistics.fmean(self.errors) if self.errors else 0.0
         expected = [
             log + (slower + _TRUST * mean) / (known + _TRUST)
@@ -320,6 +330,13 @@ class _Guide:
             best = min(open_, key=lambda i: expected[i] - _CURIOSITY / (1 + self.near[i]))
             batch.append(self.choose(self.ranked[best]))
         return batch
+
+    def leaders(self, count: int) -> list[Config]:
+        """The best of each group as ranked, for half of `count` places."""
+        found: dict[Any, Config] = {}
+        for config in self.ranked:
+            found.setdefault(_group(config), config)
+        return list(found.values())[: max(1, count // 2)]
 
     def kin(self, best: Sequence[Config], count: int) -> list[Config]:
         """Configs with up to two tunables of the first kernel unlike the best's, or those of the best of another group.
@@ -408,11 +425,6 @@ def _ran(found: Measurement) -> bool:
 def _us(found: Measurement) -> float:
     assert found.median_us is not None
     return found.median_us
-
-
-def _noise(a: Measurement, b: Measurement) -> float:
-    """µs by which medians of the same config may differ: half the greater spread (max - min over rounds)."""
-    return max(a.spread_us or 0.0, b.spread_us or 0.0) / 2
 
 
 def _merged(runs: Sequence[Measurement]) -> Measurement:

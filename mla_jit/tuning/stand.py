@@ -17,7 +17,7 @@ from typing import Any
 from mla_jit import dtypes, plan
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
-from mla_jit.launch.base import Bound
+from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
@@ -38,8 +38,8 @@ class Run:
         import torch
 
         self.executable, self._on_gpu = executable, stand.on_gpu
-        self._bound: dict[int, Bound] = {}
-        self._pointers: dict[int, list[int]] = {}
+        self._bounds: list[tuple[Binding, Bound]] = []  # one for all inputs of the same shapes and strides
+        self._calls: dict[int, tuple[Bound, list[int], list[float]]] = {}
         self.workspace = torch.empty(max(16, executable.workspace_bytes), dtype=torch.uint8, device=stand.device)
 
     def __call__(self, inputs: DecodeInputs) -> None:
@@ -47,12 +47,19 @@ class Run:
         if e.variant.host is not None:
             e.variant.host(e.problem, e.config, inputs)
             return
-        bound = self._bound.get(id(inputs))
-        if bound is None:
-            bound = self._bound[id(inputs)] = e.bind(inputs.binding, inputs.device.index or 0)
-            self._pointers[id(inputs)] = [self._pointer(name, offset, inputs) for name, offset in bound.operands]
-        floats = [inputs.floats[name] for name in bound.float_names]
-        bound.run(self._pointers[id(inputs)], floats, self._stream())
+        if (call := self._calls.get(id(inputs))) is None:
+            bound = self._bind(inputs)
+            pointers = [self._pointer(name, offset, inputs) for name, offset in bound.operands]
+            call = self._calls[id(inputs)] = bound, pointers, [inputs.floats[name] for name in bound.float_names]
+        bound, pointers, floats = call
+        bound.run(pointers, floats, self._stream())
+
+    def _bind(self, inputs: DecodeInputs) -> Bound:
+        for binding, bound in self._bounds:
+            if binding == inputs.binding:
+                return bound
+        self._bounds.append((inputs.binding, self.executable.bind(inputs.binding, inputs.device.index or 0)))
+        return self._bounds[-1][1]
 
     def _stream(self) -> int:
         import torch
@@ -91,12 +98,30 @@ def lengths(problem: DecodeProblem, tokens: int) -> list[list[int]]:
 
 
 def timed_lengths(problem: DecodeProblem) -> list[int]:
-    """Lengths by sequence with which a candidate is timed: the bound, or an even share of total_kv."""
+    """Lengths by sequence with which a candidate is timed: the bound; with total_kv, log-uniform up to it.
+
+    Then the lengths are the quantiles of a log-uniform distribution whose lower end makes their sum total_kv, in a
+    random order; where even the lower end 1 makes it too large, even shares of it.
+    """
     p = problem
-    if p.total_kv is None:
+    if p.total_kv is None or p.total_kv >= p.max_kv_len * p.batch:
         return [p.max_kv_len] * p.batch
-    share, more = divmod(min(p.total_kv, p.max_kv_len * p.batch), p.batch)
-    return [max(1, share + (b < more)) for b in range(p.batch)]
+    low, high = 0.0, math.log(p.max_kv_len)
+    if sum(_quantiles(p, low)) > p.total_kv:
+        share, more = divmod(p.total_kv, p.batch)
+        return [max(1, share + (b < more)) for b in range(p.batch)]
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(_quantiles(p, middle)) > p.total_kv else (middle, high)
+    found = _quantiles(p, low)
+    random.Random(p.batch).shuffle(found)
+    return found
+
+
+def _quantiles(p: DecodeProblem, low: float) -> list[int]:
+    """Lengths from exp(low) to the bound, which the last one has."""
+    step = (math.log(p.max_kv_len) - low) / max(1, p.batch - 1)
+    return [max(1, round(math.exp(math.log(p.max_kv_len) - step * i))) for i in range(p.batch)]
 
 
 class Stand:

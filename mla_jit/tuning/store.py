@@ -1,4 +1,4 @@
-"""The user's tuning database, an SQLite file: table `trials`, one row a trial, appended only; view `best`.
+"""The user's tuning database, an SQLite file: table `trials`, a row a trial, never changed; view `best`.
 
 It lies at <user's cache directory>/tuning.db unless the setting `tuning_db` says otherwise. SQLite is imported when a
 database is opened, torch never. Times in µs, lengths in tokens.
@@ -23,7 +23,7 @@ from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning.rows import OK, PROBLEMS, Trial
+from mla_jit.tuning.rows import NOISE, OK, PROBLEMS, Trial
 
 if TYPE_CHECKING:
     import sqlite3
@@ -62,16 +62,26 @@ def _version_1(db: Database) -> None:
     columns = {"id": int, "content": str, **_PROBLEM_1, "variant": str, "config": str, **_TRIAL_1}
     db.execute(db.create_table_sql("trials", columns, pk="id", not_null=set(columns) - _NULLABLE - {"id"}))
     db.execute("CREATE UNIQUE INDEX trials_content ON trials (content)")
-    db.execute("CREATE INDEX trials_device_op ON trials (device, op)")
+    db.execute("CREATE INDEX trials_device_op ON trials (device, op, num_heads, batch, max_kv_len)")
     # Of a problem on a device: of each variant only its newest revision; predictions after all measurements, and the
     # search's short ones after the playoff's.
     group = ", ".join((*_PROBLEM_1, "target", "device"))
     newest = f"max(revision) OVER (PARTITION BY {group}, variant, provenance = 'predicted')"
-    order = "provenance = 'predicted', effort DESC, median_us, coalesce(json_extract(config, '$.num_kv_splits'), 0)"
-    place = f"row_number() OVER (PARTITION BY {group} ORDER BY {order}, config, content)"
     good = f"SELECT *, {newest} AS newest FROM trials WHERE status = '{OK}'"
-    ranked = f"SELECT *, {place} AS place FROM ({good}) WHERE revision = newest"
-    db.execute(f"CREATE VIEW best AS SELECT {', '.join(columns)} FROM ({ranked}) WHERE place = 1")
+    order = "provenance = 'predicted', effort DESC, median_us, config, content"
+    window = f"(PARTITION BY {group} ORDER BY {order})"
+    fastest = ", ".join(
+        f"first_value({name}) OVER {window} AS best_{name}"
+        for name in ("provenance", "effort", "median_us", "spread_us")
+    )
+    ranked = f"SELECT *, {fastest} FROM ({good}) WHERE revision = newest"
+    # rows.preferred, in SQL: of what the noise cannot tell from the fastest, the simplest.
+    noise = f"{NOISE} * max(coalesce(spread_us, 0), coalesce(best_spread_us, 0))"
+    alike = "effort = best_effort AND (provenance = 'predicted') = (best_provenance = 'predicted')"
+    simplest = "coalesce(json_extract(config, '$.num_kv_splits'), 0), config, content"
+    place = f"row_number() OVER (PARTITION BY {group} ORDER BY {simplest})"
+    ties = f"SELECT *, {place} AS place FROM ({ranked}) WHERE {alike} AND median_us - best_median_us <= {noise}"
+    db.execute(f"CREATE VIEW best AS SELECT {', '.join(columns)} FROM ({ties}) WHERE place = 1")
 
 
 # The function at place n takes a database of version n to n + 1; the version stands in PRAGMA user_version. They run in
@@ -175,8 +185,7 @@ class Store:
 
     def add(self, trials: Iterable[Trial]) -> int:
         """Appends trials in one transaction; those that are there already are left out. The number appended."""
-        if self.readonly:
-            raise StoreError(f"the tuning database {self.path} was opened for reading; open it without readonly")
+        self._check_writable()
         rows = []
         for trial in map(plain, trials):
             content = hashlib.sha256(trial.to_json().encode()).hexdigest()
@@ -196,6 +205,22 @@ class Store:
         with Store(other, readonly=True, timeout_s=self.timeout_s) as store:
             return self.add(store.trials())
 
+    def remove(self, chosen: Callable[[Trial], bool]) -> list[Trial]:
+        """Removes the trials for which `chosen` is true, in one transaction; these. A row that is no trial stays."""
+        self._check_writable()
+        found: list[tuple[int, Trial]] = []
+        with _guard, _told(self.path), _transaction(self._open()) as connection:
+            for number, *record in connection.execute(f"SELECT id, {', '.join(_COLUMNS)} FROM trials ORDER BY id"):
+                found += [(number, trial) for trial in read_trials([tuple(record)], lambda _: None) if chosen(trial)]
+            connection.executemany("DELETE FROM trials WHERE id = ?", [(number,) for number, _ in found])
+        return [trial for _, trial in found]
+
+    def vacuum(self) -> None:
+        """Gives the space of removed trials back to the file system; needs as much again while it works."""
+        self._check_writable()
+        with _guard, _told(self.path):
+            self._open().execute("VACUUM")
+
     def trials(self, **filters: Any) -> Iterator[Trial]:
         """The trials in the order of their adding; of them those whose columns have these values.
 
@@ -214,6 +239,10 @@ class Store:
             connection, self._connection = self._connection, None
             if connection is not None:
                 connection.close()
+
+    def _check_writable(self) -> None:
+        if self.readonly:
+            raise StoreError(f"the tuning database {self.path} was opened for reading; open it without readonly")
 
     def _select(self, source: str, filters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         if (problem := filters.get("problem")) is not None:

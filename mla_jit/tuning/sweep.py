@@ -6,27 +6,33 @@ finished shapes are recognised by their playoff's trials, half-finished ones rep
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
+import itertools
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mla_jit import models, ops
 from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
-from mla_jit.errors import CompileError
+from mla_jit.errors import CompileError, InvalidInput
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
-from mla_jit.tuning.rows import OK, Measurement, Trial
+from mla_jit.tuning.builds import Builds
+from mla_jit.tuning.rows import OK, Measurement, Trial, preferred
 from mla_jit.tuning.store import Store
 
-# (rounds, milliseconds a window) by effort.
-EFFORTS = ((3, 1.0), (5, 3.0), (9, 10.0))
+EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by effort
+LAST = len(EFFORTS) - 1
+LENGTHS = ("even", "ragged")  # how the lengths of a batch are distributed
+_SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
 
 
@@ -37,36 +43,48 @@ class Measurer(Protocol):
         self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
     ) -> Measurement: ...
 
+    def versions(self, device: str) -> dict[str, str]: ...
+
 
 def shapes(
     wanted: Iterable[tuple[models.Model, int]], target: Target, *, dtypes: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 4, 16, 64, 128), kv_lens: Sequence[int] = (1024, 4096, 16384, 65536),
-    q_lens: Sequence[int] = (1,), page_size: int = 64, memory_bytes: int | None = None,
+    q_lens: Sequence[int] = (1,), page_size: int = 64, lengths: Sequence[str] = ("even",),
+    memory_bytes: int | None = None,
 ) -> list[DecodeProblem]:  # fmt: skip
     """The problems of (model, tensor-parallel ranks) pairs, each once: models with the same heads and dims share them.
 
-    Left out: lengths beyond a model's context, and caches larger than memory_bytes.
+    lengths: "even", all as long as the bound; "ragged", log-uniform from 128 tokens to it, told by total_kv.
+    Left out: lengths beyond a model's context, and caches larger than memory_bytes. Those that share kernels follow
+    each other. InvalidInput for an unknown distribution.
     """
+    if unknown := set(lengths) - set(LENGTHS):
+        raise InvalidInput(f"lengths {', '.join(sorted(unknown))}: unknown; use {' or '.join(LENGTHS)}")
     found: dict[DecodeProblem, None] = {}
     for model, tp in wanted:
         for dtype in dtypes if dtypes is not None else model.dtypes:
             q, cache = models.dtypes_on(dtype, target)
-            for q_len in q_lens:
-                for kv_len in kv_lens:
-                    for batch in batches:
-                        problem = DecodeProblem(
-                            num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim,
-                            q_dtype=q, kv_dtype=cache, out_dtype="bf16" if DTYPES[q].bits == 8 else q,
-                            page_size=page_size, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len), hinted=True,
-                        )  # fmt: skip
-                        if kv_len <= model.max_kv_len and cache_bytes(problem) <= (memory_bytes or 1 << 62):
-                            found[problem] = None
+            for q_len, batch, kv_len, how in itertools.product(q_lens, batches, kv_lens, lengths):
+                if how == "ragged" and (batch == 1 or kv_len <= _SHORTEST):
+                    continue
+                total = None
+                if how == "ragged":
+                    total = bucket(round(batch * (kv_len - _SHORTEST) / math.log(kv_len / _SHORTEST)))
+                problem = DecodeProblem(
+                    num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim,
+                    q_dtype=q, kv_dtype=cache, out_dtype="bf16" if DTYPES[q].bits == 8 else q,
+                    page_size=page_size, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len), total_kv=total,
+                    hinted=True,
+                )  # fmt: skip
+                if kv_len <= model.max_kv_len and cache_bytes(problem) <= (memory_bytes or 1 << 62):
+                    found[problem] = None
     return list(found)
 
 
 def cache_bytes(problem: DecodeProblem) -> int:
-    """Of the latent cache at the length bound."""
-    return problem.batch * problem.max_kv_len * problem.head_dim * DTYPES[problem.kv_dtype].bytes
+    """Of the latent cache at the length bound, or of as many tokens as the problem has."""
+    tokens = problem.batch * problem.max_kv_len
+    return min(tokens, problem.total_kv or tokens) * problem.head_dim * DTYPES[problem.kv_dtype].bytes
 
 
 @dataclass(frozen=True)
@@ -87,38 +105,43 @@ def candidates(problem: DecodeProblem, target: Target) -> list[Config]:
 def run(
     problems: Sequence[DecodeProblem], target: Target, devices: Sequence[str], pool: Measurer, store: Store, *,
     budget_s: float, how: str = "auto", resume: bool = True, timeout_s: float = 60.0, command: str = "mla-tune run",
-    on_event: Event | None = None, stop: threading.Event | None = None,
+    builds: Builds | None = None, on_event: Event | None = None, stop: threading.Event | None = None,
 ) -> Iterator[Finished]:  # fmt: skip
     """Tunes each problem on one of the devices; yields as they finish. The budget is shared by the shapes still to do.
 
-    KeyboardInterrupt (or `stop`) ends it after the running measurements; what was measured is stored.
+    Then, on the same device, the best configs of problems that differ in lengths alone are timed at each other's
+    lengths, so that for a call without hints the best worst case is known. `builds` compiles ahead of the workers; one
+    is made, and closed, if absent. KeyboardInterrupt (or `stop`) ends it after the running measurements; what was
+    measured is stored.
     """
+    sweep = _Sweep(
+        target, pool, store, how, resume, timeout_s, command, on_event, stop or threading.Event(),
+        time.monotonic() + budget_s, len(devices), len(problems), builds or Builds(target),
+    )  # fmt: skip
     todo: queue.SimpleQueue[DecodeProblem] = queue.SimpleQueue()
     for problem in problems:
         todo.put(problem)
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
-    stop = stop or threading.Event()
-    started = time.monotonic()
-    left, lock = [len(problems)], threading.Lock()
-
-    def share_s() -> float:
-        with lock:
-            return max(0.0, budget_s - (time.monotonic() - started)) * len(devices) / max(left[0], len(devices))
+    tuned = threading.Barrier(len(devices))
 
     def serve(device: str) -> None:
+        mine: list[DecodeProblem] = []
         try:
-            while not stop.is_set():
+            while not sweep.stop.is_set():
                 try:
                     problem = todo.get_nowait()
                 except queue.Empty:
-                    return
-                finished = _one(
-                    problem, target, device, pool, store, share_s(), how, resume, timeout_s, command, on_event, stop
-                )
-                with lock:
-                    left[0] -= 1
+                    break
+                finished = sweep.tune(problem, device)
+                mine.append(problem)
                 done.put(finished)
+            tuned.wait()
+            for problem in mine:
+                sweep.cross(problem, device)
+        except threading.BrokenBarrierError:  # another device's thread has ended with an error
+            pass
         except BaseException as error:  # handed to the caller's thread
+            tuned.abort()
             done.put(error)
 
     threads = [threading.Thread(target=serve, args=(device,), daemon=True) for device in devices]
@@ -134,54 +157,146 @@ def run(
                 raise item
             yield item
     finally:
-        stop.set()
+        sweep.stop.set()
+        tuned.abort()
+        if builds is None:
+            sweep.builds.close()
         for thread in threads:
             thread.join(timeout_s + 10)
 
 
-def _one(
-    problem: DecodeProblem, target: Target, device: str, pool: Measurer, store: Store, budget_s: float, how: str,
-    resume: bool, timeout_s: float, command: str, on_event: Event | None, stop: threading.Event,
-) -> Finished:  # fmt: skip
-    started = time.monotonic()
-    revisions = {variant.name: variant.revision for variant in ops.variants(problem.op)}
-    same = [
-        trial
-        for trial in store.trials(problem=problem, target=target.name, device=target.device)
-        if trial.revision == revisions.get(trial.variant) and trial.toolchain == toolchain()
-    ]
-    known = {(trial.config, trial.effort): _measurement(trial) for trial in same} if resume else {}
-    last = len(EFFORTS) - 1
-    if resume and any(trial.effort == last and trial.status == OK for trial in same):
-        return Finished(problem, device, None, time.monotonic() - started)
+@dataclass
+class _Sweep:
+    """What the shapes of a sweep share."""
 
-    def measure(config: Config, effort: int) -> Measurement:
-        if stop.is_set():
+    target: Target
+    pool: Measurer
+    store: Store
+    how: str
+    resume: bool
+    timeout_s: float
+    command: str
+    on_event: Event | None
+    stop: threading.Event
+    deadline: float
+    devices: int
+    left: int
+    builds: Builds
+    winners: dict[DecodeProblem, Config] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def share_s(self) -> float:
+        with self.lock:
+            return max(0.0, self.deadline - time.monotonic()) * self.devices / max(self.left, self.devices)
+
+    def tune(self, problem: DecodeProblem, device: str) -> Finished:
+        started = time.monotonic()
+        same = self.trials(problem)
+        known = {(trial.config, trial.effort): _measurement(trial) for trial in same} if self.resume else {}
+        played = [(t.config, t.median_us, t.spread_us) for t in same if t.effort == LAST and t.median_us is not None]
+        outcome = None
+        if self.resume and played:
+            self.winners[problem] = preferred(played)
+        else:
+            outcome = search.tune(
+                problem, self.target, candidates(problem, self.target),
+                lambda config, effort: self.measure(problem, device, config, effort),
+                budget_s=self.share_s(), search=self.how, incumbents=self.incumbents(problem, same), done=known,
+                on_event=lambda name, data: self.keep(problem, device, name, data),
+                ready=lambda configs, seconds: self.builds.ready(problem, configs, seconds),
+            )  # fmt: skip
+            if outcome.median_us is not None:
+                self.winners[problem] = outcome.winner
+        with self.lock:
+            self.left -= 1
+        return Finished(problem, device, outcome, time.monotonic() - started)
+
+    def cross(self, problem: DecodeProblem, device: str) -> None:
+        """Times what is best at other lengths at this problem's, as in a playoff."""
+        kin = [p for p in self.winners if p != problem and _but_lengths(p) == _but_lengths(problem)]
+        found = dict.fromkeys(self.winners[p] for p in kin)
+        known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
+        legal = _legal(problem, self.target)
+        todo = [config for config in found if config not in known and legal(config)]
+        for config in self.builds.ready(problem, todo, self.deadline - time.monotonic()):
+            if self.stop.is_set() or time.monotonic() > self.deadline:
+                return
+            measurement = self.measure(problem, device, config, LAST)
+            self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
+
+    @property
+    def place(self) -> dict[str, str]:
+        return {"target": self.target.name, "device": self.target.device}
+
+    def trials(self, problem: DecodeProblem) -> list[Trial]:
+        """The problem's, of today's templates and compiler."""
+        revisions = {variant.name: variant.revision for variant in ops.variants(problem.op)}
+        return [
+            trial
+            for trial in self.store.trials(problem=problem, **self.place)
+            if trial.revision == revisions.get(trial.variant) and trial.toolchain == toolchain()
+        ]
+
+    def incumbents(self, problem: DecodeProblem, same: Sequence[Trial]) -> list[Config]:
+        """The best known of this very problem; and of the nearest one in the sweep that differs in lengths or batch."""
+        timed = [t for t in same if t.status == OK and t.median_us is not None]
+        best = min(timed, key=lambda t: (-t.effort, t.median_us or 0.0, t.config.to_json()), default=None)
+        found = [] if best is None else [best.config]
+        kin = [p for p in list(self.winners) if p != problem and _but_batch(p) == _but_batch(problem)]
+        legal = _legal(problem, self.target)
+        nearest = sorted(kin, key=lambda p: (_apart(p, problem), str(p)))
+        return found + [self.winners[p] for p in nearest if legal(self.winners[p])][:1]
+
+    def measure(self, problem: DecodeProblem, device: str, config: Config, effort: int) -> Measurement:
+        if self.stop.is_set():
             raise KeyboardInterrupt
+        if (fault := self.builds.fault(problem, config)) is not None:
+            return fault
         rounds, window_ms = EFFORTS[effort]
-        return pool.measure(device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=timeout_s)
+        return self.pool.measure(device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=self.timeout_s)
 
-    def keep(name: str, data: dict[str, Any]) -> None:
+    def keep(self, problem: DecodeProblem, device: str, name: str, data: dict[str, Any]) -> None:
         if name == "trial":
-            config, effort = data["config"], data["effort"]
-            store.add(
-                [_trial(problem, target, config, effort, data["measurement"], revisions[config.variant], command)]
-            )
-        if on_event is not None:
-            on_event(name, {"problem": problem, "device": device, **data})
+            self.store.add([self.trial(problem, device, data["config"], data["effort"], data["measurement"])])
+        if name == "shortlist":
+            self.builds.start(problem, data["configs"])
+        if self.on_event is not None:
+            self.on_event(name, {"problem": problem, "device": device, **data})
 
-    found = candidates(problem, target)
-    outcome = search.tune(
-        problem, target, found, measure, budget_s=budget_s, search=how, incumbent=_incumbent(same), done=known,
-        on_event=keep,
-    )  # fmt: skip
-    return Finished(problem, device, outcome, time.monotonic() - started)
+    def trial(
+        self, problem: DecodeProblem, device: str, config: Config, effort: int, found: Measurement
+    ) -> Trial:  # fmt: skip
+        rounds, window_ms = EFFORTS[effort]
+        revision = next(v.revision for v in ops.variants(problem.op) if v.name == config.variant)
+        versions = self.pool.versions(device)
+        return Trial(
+            problem=problem, config=config, target=self.target.name, device=self.target.device, revision=revision,
+            status=found.status, median_us=found.median_us, spread_us=found.spread_us, rel_l2=found.rel_l2,
+            registers=found.registers, spill_bytes=found.spill_bytes, smem_bytes=found.smem_bytes,
+            source_hash=found.source_hash, toolchain=toolchain(), driver=versions.get("driver", ""),
+            torch=versions.get("torch", ""), effort=effort,
+            policy=f"{candidate.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=self.command,
+            created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), note=found.note,
+        )  # fmt: skip
 
 
-def _incumbent(trials: Sequence[Trial]) -> Config | None:
-    timed = [t for t in trials if t.status == OK and t.median_us is not None]
-    best = min(timed, key=lambda t: (-t.effort, t.median_us or 0.0, t.config.to_json()), default=None)
-    return None if best is None else best.config
+def _but_lengths(problem: DecodeProblem) -> DecodeProblem:
+    return dataclasses.replace(problem, max_kv_len=0, total_kv=None)
+
+
+def _but_batch(problem: DecodeProblem) -> DecodeProblem:
+    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, batch=0)
+
+
+def _apart(a: DecodeProblem, b: DecodeProblem) -> float:
+    """How far problems are from each other in batch and tokens, in powers of two."""
+    sizes = ((math.log2(max(1, p.batch)), math.log2(max(1, space.length(p)))) for p in (a, b))
+    return math.dist(*sizes)
+
+
+def _legal(problem: DecodeProblem, target: Target) -> Callable[[Config], bool]:
+    rows = {variant.name: variant for variant in ops.variants(problem.op)}
+    return lambda c: c.variant in rows and rows[c.variant].rejects(problem, target, c) is None
 
 
 def toolchain() -> str:
@@ -192,22 +307,6 @@ def toolchain() -> str:
         return ""
 
 
-def _trial(problem: DecodeProblem, target: Target, config: Config, effort: int, found: Measurement,
-           revision: int, command: str) -> Trial:  # fmt: skip
-    rounds, window_ms = EFFORTS[effort]
-    return Trial(
-        problem=problem, config=config, target=target.name, device=target.device, revision=revision,
-        status=found.status, median_us=found.median_us, spread_us=found.spread_us, rel_l2=found.rel_l2,
-        registers=found.registers, spill_bytes=found.spill_bytes, smem_bytes=found.smem_bytes,
-        source_hash=found.source_hash, toolchain=toolchain(), effort=effort,
-        policy=f"{candidate.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=command,
-        created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), note=found.note,
-    )  # fmt: skip
-
-
 def _measurement(trial: Trial) -> Measurement:
-    return Measurement(
-        status=trial.status, median_us=trial.median_us, spread_us=trial.spread_us, rel_l2=trial.rel_l2,
-        registers=trial.registers, spill_bytes=trial.spill_bytes, smem_bytes=trial.smem_bytes,
-        source_hash=trial.source_hash, note=trial.note,
-    )  # fmt: skip
+    names = (f.name for f in dataclasses.fields(Measurement))
+    return Measurement(**{name: getattr(trial, name) for name in names})

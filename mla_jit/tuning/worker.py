@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mla_jit import launch
@@ -56,7 +57,7 @@ def main() -> None:
     except Exception as error:
         say("failed", note=f"{type(error).__name__}: {error}")
         os._exit(1)
-    say("ready")
+    say("ready", versions=_versions(device))
     while True:
         request = json.loads(requests.get())
         # Should the parent be stopped, and a C++ loop hold the interpreter.
@@ -76,6 +77,22 @@ def _listen(requests: queue.SimpleQueue[str]) -> None:
     for line in sys.stdin:
         requests.put(line)
     os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _versions(device: str) -> dict[str, str]:
+    """Of torch and of the driver, as far as the device has them."""
+    if device.startswith("null"):
+        return {}
+    import torch
+
+    found = {"torch": str(torch.__version__)}
+    if device.startswith("cuda"):
+        api = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
+        with contextlib.suppress(OSError, IndexError):  # "NVRM version: NVIDIA UNIX … Kernel Module  580.95.05  …"
+            text = Path("/proc/driver/nvidia/version").read_text(encoding="ascii", errors="replace")
+            found["driver"] = re.findall(r"\b\d+\.\d[\d.]*\b", text)[0]
+        found["driver"] = f"{found.get('driver', '')} CUDA {api // 1000}.{api % 1000 // 10}".strip()
+    return found
 
 
 def _open(start: dict[str, Any]) -> Timer | None:
@@ -131,6 +148,7 @@ class Worker:
             os.set_blocking(fd, False)
             self._selector.register(fd, selectors.EVENT_READ)
         self._ready = False
+        self.versions: dict[str, str] = {}  # of torch and the driver, once it is ready
         self._send(start)
 
     def alive(self) -> bool:
@@ -152,7 +170,7 @@ class Worker:
             line = _telling(self._printed())
             raise MlaJitError(f"no worker could be started, {note}{f' ({line})' if line else ''}; see that the device "
                               "is there and free, and that torch imports with the same interpreter")  # fmt: skip
-        self._ready = True
+        self._ready, self.versions = True, message.get("versions", {})
 
     def ask(self, request: dict[str, Any]) -> Reply | None:
         """What a request comes to. None if the process had ended before it."""

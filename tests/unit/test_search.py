@@ -329,7 +329,7 @@ def test_default_and_incumbent_are_in_the_playoff_whatever_their_time() -> None:
     order = sorted(candidates(SMALL), key=time_us)
     for default, incumbent in ((order[-1], order[-2]), (order[-1], None), (order[0], order[0]), (order[3], order[-1])):
         device = small(1)
-        outcome = tune(SMALL, device, default=default, incumbent=incumbent)
+        outcome = tune(SMALL, device, default=default, incumbents=[] if incumbent is None else [incumbent])
         assert {default, incumbent or default} <= {config for config, effort, _ in outcome.trials if effort == 2}
         assert device.calls[0] == (default, 0)
         assert outcome.default_us == pytest.approx(time_us(default), rel=0.02)
@@ -339,7 +339,7 @@ def test_default_and_incumbent_are_in_the_playoff_whatever_their_time() -> None:
 def test_an_incumbent_that_is_no_candidate_may_win() -> None:
     found = candidates(SMALL)
     rest = [c for c in found if c != found[5]]
-    outcome = tune(SMALL, Device(lambda c: 5.0 if c == found[5] else 9.0), candidates=rest, incumbent=found[5])
+    outcome = tune(SMALL, Device(lambda c: 5.0 if c == found[5] else 9.0), candidates=rest, incumbents=[found[5]])
     assert outcome.winner == found[5]
 
 
@@ -382,7 +382,7 @@ def test_known_faults_are_not_run_again() -> None:
     time_us = landscape(SMALL, 0)
     bad = min(candidates(SMALL), key=time_us)
     device = small()
-    outcome = tune(SMALL, device, done={(bad, 0): Measured("hang", note="before")}, incumbent=bad)
+    outcome = tune(SMALL, device, done={(bad, 0): Measured("hang", note="before")}, incumbents=[bad])
     assert bad not in {config for config, _ in device.calls}
     assert (bad, "hang", "before") in outcome.faults
     assert outcome.winner != bad

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mla_jit import models, plan, settings, target
+from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
+from mla_jit.errors import CompilerAborted, InvalidInput
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import store, sweep
+from mla_jit.tuning import builds, store, sweep
 from mla_jit.tuning.rows import Measurement
 
 CPU = target.targets()["cpu"]
@@ -38,6 +42,9 @@ class Bench:
         if self.faulty and self.faulty in str(config):
             return Measurement("wrong", note="rel L2 0.5")
         return Measurement("ok", us(config), 0.01, 2e-3)
+
+    def versions(self, device: str) -> dict[str, str]:
+        return {"torch": "0.0", "driver": f"of {device}"}
 
 
 def us(config: Config) -> float:
@@ -158,3 +165,89 @@ def test_an_error_of_the_bench_itself_reaches_the_caller(database: store.Store) 
 
     with pytest.raises(OSError, match="no worker"):
         run(problems(1, 2), Broken(), database)
+
+
+def of_lengths(*lengths: int, batch: int = 2) -> list[DecodeProblem]:
+    return [dataclasses.replace(p, max_kv_len=n) for n in lengths for p in problems(batch)]
+
+
+def test_the_best_of_other_lengths_are_timed_at_each_length(database: store.Store) -> None:
+    """So that a call without hints can be given the config with the best worst case."""
+
+    class ByLength(Bench):
+        def measure(self, device: str, problem: DecodeProblem, config: Config, **more: Any) -> Measurement:
+            found = super().measure(device, problem, config, **more)
+            slower = abs(math.log2(config.int("num_kv_splits")) - math.log2(problem.max_kv_len / 256))
+            assert found.median_us is not None
+            return dataclasses.replace(found, median_us=found.median_us * (1 + 20 * slower))
+
+    wanted = of_lengths(256, 1024, 2048)
+    done = run([*wanted, *problems(3)], ByLength(), database)
+    winners = {d.problem: d.outcome.winner for d in done if d.outcome is not None}
+    assert len({winners[p].int("num_kv_splits") for p in wanted}) == 3
+    timed = {p: {t.config for t in database.trials(problem=p, effort=sweep.LAST)} for p in winners}
+    for problem in wanted:
+        assert timed[problem] >= {winners[p] for p in wanted}
+    for row in database.trials(effort=sweep.LAST):
+        assert (row.torch, row.driver) == ("0.0", "of cpu")
+    unhinted = dataclasses.replace(wanted[-1], hinted=False)
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        choice = plan.choose(unhinted, CPU)
+    plan.forget()
+    assert "best worst case over kv 256, 1024, 2048" in choice.why
+    again = ByLength()
+    run([*wanted, *problems(3)], again, database)
+    assert again.asked == []
+
+
+def test_what_is_best_for_a_like_shape_takes_part(database: store.Store) -> None:
+    first, second = of_lengths(256, 512)
+    good = max(sweep.candidates(first, CPU), key=lambda c: c.to_json())
+
+    class Fond(Bench):
+        def measure(self, device: str, problem: DecodeProblem, config: Config, **more: Any) -> Measurement:
+            super().measure(device, problem, config, **more)
+            return Measurement("ok", 1.0 if config == good else 5.0, 0.01, 2e-3)
+
+    run([first], Fond(), database, how="exhaustive")
+    bench = Fond()
+    run([first, second], bench, database)
+    assert [config for _, problem, config in bench.asked if problem == second][1] == good
+
+
+def test_ragged_shapes_are_told_by_the_total(database: store.Store) -> None:
+    found = sweep.shapes(
+        [(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[1, 64], kv_lens=[128, 32768], lengths=["even", "ragged"]
+    )
+    assert [(p.batch, p.max_kv_len, p.total_kv) for p in found] == [
+        (1, 128, None), (1, 32768, None), (64, 128, None), (64, 32768, None), (64, 32768, 524288),
+    ]  # fmt: skip
+    with pytest.raises(InvalidInput, match="even or ragged"):
+        sweep.shapes([(DEEPSEEK, 8)], HOPPER, lengths=["long"])
+
+
+def test_a_kernel_that_is_refused_is_never_measured_and_asked_for_once(database: store.Store) -> None:
+    """On a target whose toolchain always fails."""
+    asked: list[Source] = []
+
+    class Failing(builds.Builds):
+        def __init__(self) -> None:
+            super().__init__(HOPPER)
+
+    def refuse(source: Source, **_: Any) -> Any:
+        asked.append(source)
+        if "combine" in source.name:
+            return None, "disk"
+        raise CompilerAborted("the compiler was ended by SIGABRT", key=source.key)
+
+    (problem,) = sweep.shapes([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[1], kv_lens=[1024])
+    bench = Bench()
+    with pytest.MonkeyPatch.context() as patch, Failing() as compiling:
+        patch.setattr(builds.cache, "build_traced", refuse)
+        (done,) = run([problem], bench, database, devices=["null:0"], where=HOPPER, builds=compiling)
+    assert done.outcome is not None
+    assert bench.asked == []
+    assert len(asked) == len(set(asked)) > 1
+    assert {status for _, status, _ in done.outcome.faults} == {"compiler_abort"}
+    assert {t.status for t in database.trials()} == {"compiler_abort"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -136,9 +137,18 @@ def test_lengths_meet_the_edges_of_pages_and_the_bound() -> None:
         assert cases == stand.lengths(problem, 1 << 18)
 
 
-def test_timed_lengths_are_the_bound_or_a_share_of_the_tokens() -> None:
+def test_timed_lengths_are_the_bound_or_spread_up_to_it() -> None:
     assert stand.timed_lengths(SMALL) == [40, 40, 40]
-    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=64)) == [22, 21, 21]
+    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=64)) == [17, 7, 40]
+    assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=20)) == [7, 7, 6]
+    many = dataclasses.replace(SMALL, batch=64, max_kv_len=32768, total_kv=524288)
+    found = stand.timed_lengths(many)
+    assert max(found) == 32768
+    assert sum(found) == pytest.approx(524288, rel=0.001)
+    ordered = sorted(found)
+    ratios = [b / a for a, b in itertools.pairwise(ordered)]
+    assert max(ratios) / min(ratios) < 1.01  # log-uniform
+    assert found != ordered
     assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=1024)) == [40, 40, 40]
     assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=0)) == [1, 1, 1]
 
