@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
-    "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api",
+    "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api", "autotune": "tuning.auto",
     "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "Problem": "problem",
     "Config": "config", "Settings": "settings", "configure": "settings", "errors": "", "compat": "",
 }  # fmt: skip
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mla_jit.problem import Problem as Problem
     from mla_jit.settings import Settings as Settings
     from mla_jit.settings import configure as configure
+    from mla_jit.tuning.auto import autotune as autotune
 
 
 def __getattr__(name: str) -> Any:

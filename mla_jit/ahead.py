@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass, field
 
 from mla_jit import plan
-from mla_jit.compile import cache
 from mla_jit.compile.artifact import Artifact, Source
+from mla_jit.compile.farm import Farm, Result
 from mla_jit.errors import MlaJitError, NoVariant
 from mla_jit.problem import DecodeProblem, Problem, bucket
 from mla_jit.target import Target
@@ -133,17 +132,17 @@ def build_all(
 ) -> list[Built]:
     """Compiles the jobs that are not in the cache, `workers` at a time (if absent, one a usable CPU)."""
     done: list[Built] = []
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        for future in as_completed([pool.submit(_build, job) for job in jobs]):
-            done.append(future.result())
-            if on_done is not None:
-                on_done(done[-1])
+    with Farm(workers) as farm:
+        asked: dict[Future[Result], list[Job]] = {}
+        for job in jobs:
+            asked.setdefault(farm.submit(job.source), []).append(job)
+        for future in as_completed(asked):
+            result = future.result()
+            for job in asked[future]:
+                built = (
+                    Built(job, None, "", str(result)) if isinstance(result, MlaJitError) else Built(job, *result)
+                )  # fmt: skip
+                done.append(built)
+                if on_done is not None:
+                    on_done(built)
     return done
-
-
-def _build(job: Job) -> Built:
-    try:
-        artifact, origin = cache.build_traced(job.source, apart=True)
-    except MlaJitError as error:
-        return Built(job, None, "", str(error))
-    return Built(job, artifact, origin)

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_jit import __version__, cli_tuning
+from mla_jit import __version__, cli_database, cli_report, cli_tuning
 from mla_jit.cli_options import DONE, SHORT, positive, print_json, repeated, verb
 from mla_jit.errors import InvalidInput, MlaJitError
 
 if TYPE_CHECKING:
-    from mla_jit import ahead, quickstart
+    from mla_jit import ahead, explain, quickstart
     from mla_jit.problem import DecodeProblem
     from mla_jit.target import Target
 
@@ -296,6 +296,7 @@ def _show_compiled(built: list[ahead.Built], refused: dict[str, str], seconds: f
     show_default=True,
     help="The bound of the lengths that the host knows.",
 )
+@click.option("--hinted", is_flag=True, help="The call passes --max-kv-len; without this it is the table's capacity.")
 @click.option("--paging", type=click.Choice(["table", "csr", "csr+lens"]), default="table", show_default=True)
 @click.option("--num-kv-splits", type=click.IntRange(1), help="Asked-for split slots; the plan's choice if absent.")
 @click.option("--batch-invariant", is_flag=True, help="Cut sequences independently of the batch.")
@@ -309,7 +310,11 @@ def _show_compiled(built: list[ahead.Built], refused: dict[str, str], seconds: f
 @click.option("--build/--no-build", default=True, show_default=True, help="Compile kernels that are not in the cache.")
 @verb
 def _explain(target: str | None, build: bool, as_json: bool, **options: Any) -> int:
-    """Say which kernel serves a decode problem, with which config, from where, and why no other."""
+    """Say which kernel serves a decode problem, with which config, from where, and why no other.
+
+    Of a config from the tuning database: its time beside the default's and the runner-up's, and where the row is of
+    another problem, how the two differ.
+    """
     from mla_jit import explain
     from mla_jit import target as targets
 
@@ -350,6 +355,10 @@ def _show_explanation(found: Any) -> None:
     click.echo(f"variant  {found.variant} (backend {found.backend})")
     click.echo(f"config   {', '.join(f'{k}={v}' for k, v in found.config.items())}")
     click.echo(f"from     {found.provenance}{': ' if found.why else ''}{found.why}")
+    if found.tuned is not None:
+        _show_tuned(found.tuned)
+    if found.changes:
+        click.echo(f"unlike the default: {_differing(found.changes)}")
     cost = found.cost
     click.echo(
         f"model    {cost.bytes / 1e6:.2f} MB, {cost.flops / 1e9:.2f} GFLOP, {cost.programs} programs, "
@@ -369,6 +378,28 @@ def _show_explanation(found: Any) -> None:
         click.echo("kernels  none: the variant runs on the host")
     for name, reason in found.rejected.items():
         click.echo(f"\nnot      {name}: {reason}")
+
+
+def _show_tuned(row: explain.Tuned) -> None:
+    made = ", ".join(text for text in (row.created, row.toolchain, f"revision {row.revision}", row.policy) if text)
+    click.echo(f"row      {row.source}, {row.file}: {made}{f'; {row.command}' if row.command else ''}")
+    if row.differences:
+        click.echo(f"  of     {row.problem}\n  where  {_differing(row.differences)}")
+    spread = "" if row.taken.spread_us is None else f", spread {row.taken.spread_us:.2f} us"
+    click.echo(f"time     {row.taken.median_us:.2f} us {row.provenance}{spread}")
+    for name, other in (("default", row.default), ("runner-up", row.runner_up)):
+        if other is None:
+            click.echo(f"  {name}: no time stored")
+            continue
+        same = other.effort == row.taken.effort
+        ratio = f"{other.median_us / row.taken.median_us:.3f} times as long" if same else f"of effort {other.effort}"
+        config = ", ".join(f"{k}={v}" for k, v in other.config.items())
+        click.echo(f"  {name}: {other.median_us:.2f} us, {ratio}: {other.variant} {config}")
+
+
+def _differing(fields: Iterable[explain.Difference]) -> str:
+    """ "batch 48 (there 64), page_size 16 (there 64)"."""
+    return ", ".join(f"{field.name} {field.here} (there {field.there})" for field in fields)
 
 
 # ------------------------------------------------------------------------------------------------------------- support
@@ -644,7 +675,7 @@ def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
-for _command in cli_tuning.VERBS:
+for _command in (*cli_tuning.VERBS, *cli_database.VERBS, cli_report.report):
     main.add_command(_command)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The verbs of `mla-tune` about the tuning database: plan, run, show, export, merge. Each is a library function's.
+"""The verbs of `mla-tune` that tune: plan, run. Each is a library function's.
 
 Exit codes: 0 done, 1 something fell short, 2 wrong usage.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 something fell short, 2 wrong usage.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mla_jit.cli_options import DONE, SHORT, positive, print_json, repeated, verb
-from mla_jit.errors import MlaJitError
 
 if TYPE_CHECKING:
     from mla_jit.problem import DecodeProblem
     from mla_jit.target import Target
-    from mla_jit.tuning import store, sweep
-    from mla_jit.tuning.rows import Trial
+    from mla_jit.tuning import sweep
 
 # What says which shapes; `plan` and `run` take the same.
 _SHAPES = (
@@ -132,11 +129,10 @@ def run(budget: str, how: str, gpus: str, resume: bool, timeout: float, db: Path
 
 def _memory_bytes(there: Target) -> int | None:
     """A third of the device's memory: a shape's cache must leave room for the inputs' rotation."""
-    import torch
+    from mla_jit import target as targets
 
-    if not torch.cuda.is_available():
-        return 1 << 31
-    return int(torch.cuda.get_device_properties(0).total_memory // 3)
+    total = targets.memory_bytes() if there.runtime not in ("cpu", "host") else None
+    return 1 << 31 if total is None else total // 3
 
 
 def _seconds(text: str) -> float:
@@ -204,94 +200,4 @@ def _finished_json(done: sweep.Finished) -> dict[str, Any]:
     }  # fmt: skip
 
 
-_db = click.option("--db", type=click.Path(path_type=Path), help="The database; the user's if absent.")
-
-
-@contextlib.contextmanager
-def _opened(db: Path | None) -> Iterator[tuple[Path, store.Store]]:
-    """The database, to read; an error that says how to make one where there is none."""
-    from mla_jit.tuning import store
-
-    path = db if db is not None else store.user_path()
-    if not path.exists():
-        raise MlaJitError(f"there is no tuning database {path}; `mla-tune run` makes one")
-    with store.Store(path, readonly=True) as database:
-        yield path, database
-
-
-@click.command("show")
-@_db
-@click.option("--faults", is_flag=True, help="Also list the candidates that were wrong, crashed, hung or did not fit.")
-@verb
-def show(db: Path | None, faults: bool, as_json: bool) -> int:
-    """Show the best config of each tuned shape, its time against the default's, and what went wrong."""
-    with _opened(db) as (path, database):
-        trials, best = list(database.trials()), list(database.best())
-    bad = [trial for trial in trials if trial.median_us is None]
-    if as_json:
-        rows = [dataclasses.asdict(trial) | {"config": dict(trial.config)} for trial in best]
-        print_json({"ok": True, "database": path, "trials": len(trials), "best": rows, "faults": len(bad)})
-        return DONE
-    for trial in best:
-        click.echo(f"{trial.median_us:9.1f} us  {trial.problem}  {trial.device}\n             {trial.config}")
-    for trial in bad if faults else ():
-        click.echo(f"{trial.status}: {trial.config} on {trial.problem}: {trial.note}")
-    click.echo(f"{len(best)} shapes, {len(trials)} trials, {len(bad)} faults; {path}")
-    return DONE
-
-
-@click.command("export")
-@_db
-@click.argument("directory", type=click.Path(path_type=Path))
-@verb
-def export(db: Path | None, directory: Path, as_json: bool) -> int:
-    """Write the best row of each shape as DIRECTORY/<device>/<op>.jsonl, sorted: the form that the package ships."""
-    from mla_jit.tuning import rows, shipped
-
-    groups: dict[Path, list[Trial]] = {}
-    with _opened(db) as (_, database):
-        best = list(database.best())
-    for trial in best:
-        groups.setdefault(directory / rows.slug(trial.device) / f"{trial.op}.jsonl", []).append(trial)
-    for path, trials in groups.items():
-        shipped.export(trials, path)
-    if as_json:
-        print_json({"ok": True, "files": {str(path): len(trials) for path, trials in groups.items()}})
-    else:
-        for path, trials in groups.items():
-            click.echo(f"{len(trials)} rows  {path}")
-    return DONE
-
-
-@click.command("merge")
-@_db
-@click.argument("other", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@verb
-def merge(db: Path | None, other: tuple[Path, ...], as_json: bool) -> int:
-    """Add the trials of OTHER databases or .jsonl files to ours: all are kept, none twice.
-
-    Rows of a .jsonl file that were measured become `imported`.
-    """
-    from mla_jit.tuning import rows, store
-
-    path = db if db is not None else store.user_path()
-    added = 0
-    with store.Store(path) as database:
-        for source in other:
-            if source.suffix == ".jsonl":
-                lines = [rows.Trial.from_json(line) for line in source.read_text(encoding="utf-8").splitlines() if line]
-                trials = [
-                    dataclasses.replace(t, provenance="imported") if t.provenance == "measured" else t for t in lines
-                ]
-            else:
-                with store.Store(source, readonly=True) as theirs:
-                    trials = list(theirs.trials())
-            added += database.add(trials)
-    if as_json:
-        print_json({"ok": True, "database": path, "added": added})
-    else:
-        click.echo(f"{added} trials added; {path}")
-    return DONE
-
-
-VERBS = (plan, run, show, export, merge)
+VERBS = (plan, run)

@@ -23,9 +23,10 @@ from mla_jit.ops.variant import Variant
 from mla_jit.problem import Problem
 from mla_jit.target import Target
 from mla_jit.tuning import lookup
-from mla_jit.tuning.rows import PROBLEMS
+from mla_jit.tuning.rows import PROBLEMS, Trial
 
 _MOST = 8192  # resolved problems kept; sizes are bucketed, so a serving process has hundreds
+MEASURED = ("measured", "imported")  # provenances of a row that was timed for the very problem, as things are today
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Choice:
     """A variant with a config for a problem: where the config came from, and why the others were not taken.
 
     provenance: "measured", "imported", "stale", "neighbour" or "predicted", of a row of the tuning database that `why`
-    names; else "default".
+    names; else "default". `trial` is that row.
     """
 
     variant: Variant
@@ -41,6 +42,7 @@ class Choice:
     provenance: str
     rejected: dict[str, str]
     why: str = ""
+    trial: Trial | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,20 @@ class Support:
         return self.ok
 
 
+# What `choose` asks for a problem without a measured row of its own: how `autotune` comes in. None for its choice: no
+# better one. Never asked in a warm call.
+on_miss: Callable[[Problem, Target, Choice], Choice | None] | None = None
+
+
 def choose(problem: Problem, target: Target) -> Choice:
+    """The choice that a call resolves to: what is `known`, or what `on_miss` gives. Raises NoVariant."""
+    choice, ask = known(problem, target), on_miss
+    if ask is None or choice.provenance in MEASURED or (problem, target.name) in _installed:
+        return choice
+    return ask(problem, target, choice) or choice
+
+
+def known(problem: Problem, target: Target) -> Choice:
     """What `load` installed; else the tuning database's config for the problem, else the default. Raises NoVariant."""
     if (installed := _installed.get((problem, target.name))) is not None:
         return installed
@@ -104,7 +119,7 @@ def choose(problem: Problem, target: Target) -> Choice:
         for name, reason in {**default.rejected, default.variant.name: "another row of the tuning database"}.items()
         if name != found.config.variant
     }
-    return Choice(rows[found.config.variant], found.config, found.provenance, rejected, found.why)
+    return Choice(rows[found.config.variant], found.config, found.provenance, rejected, found.why, found.trial)
 
 
 def choices(problem: Problem, target: Target) -> list[Choice]:
@@ -212,7 +227,7 @@ def analytic(problem: Problem, target: Target) -> Choice:
 def supports(problem: Problem, target: Target) -> Support:
     """Whether any variant accepts the problem on this target, from the variants' own predicates; compiles nothing."""
     try:
-        choice = choose(problem, target)
+        choice = known(problem, target)
     except NoVariant as error:
         return Support(False, None, error.reasons)
     return Support(True, choice.variant.name, choice.rejected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,51 @@ def here() -> Target:
     """This machine's target: its first GPU where torch sees one, else `cpu`."""
     if (forced := settings.current().target) is not None:
         return by_name(forced)
+    if "torch" not in sys.modules and (said := _by_driver()) is not None:
+        return said[0]
     import torch
 
     return of_device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else by_name("cpu")
+
+
+def memory_bytes() -> int | None:
+    """Of this machine's first GPU; None where there is none."""
+    if "torch" not in sys.modules and (said := _by_driver()) is not None:
+        return said[1]
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+@functools.cache
+def _by_driver() -> tuple[Target, int] | None:
+    """The first CUDA device and its bytes of memory, by the driver's own word: seconds sooner than torch is imported.
+
+    None where cuda-bindings or a device are missing: then torch has the say.
+    """
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    kinds = driver.CUdevice_attribute
+
+    def asked(*result: Any) -> Any:
+        if result[0]:
+            raise LookupError(result[0])
+        return result[1] if len(result) > 1 else None
+
+    try:
+        asked(*driver.cuInit(0))
+        device = asked(*driver.cuDeviceGet(0))
+        wanted = (
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            kinds.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            kinds.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+        )  # fmt: skip
+        major, minor, sms, smem = (asked(*driver.cuDeviceGetAttribute(kind, device)) for kind in wanted)
+        row = by_name(f"sm_{major}{minor}")
+        name = asked(*driver.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
+        found = dataclasses.replace(row, device=name, sms=sms, smem_bytes=min(row.smem_bytes, smem))
+        return found, int(asked(*driver.cuDeviceTotalMem(device)))
+    except LookupError:  # UnknownTarget is one
+        return None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,21 +75,21 @@ def build(source: Source, *, forbid_compile: str | None = None) -> Artifact:
 
 
 def build_traced(
-    source: Source, *, forbid_compile: str | None = None, apart: bool = False
+    source: Source, *, forbid_compile: str | None = None, compiler: Callable[[Source, str], Artifact] | None = None
 ) -> tuple[Artifact, Origin]:  # fmt: skip
     """`build`, and where the artifact came from: "memory", "disk" (the root), "layer" (a read-only one), "compiled".
 
-    `apart`: compile in a child process, in every mode: the way of those who compile ahead or tune.
+    `compiler`: with it, a child.Compiler, and in every mode: the way of those who compile ahead or tune.
     """
     if (found := _find(source)) is not None:
         return found
-    if forbid_compile is None and not apart and settings.current().mode == "strict":
+    if forbid_compile is None and compiler is None and settings.current().mode == "strict":
         forbid_compile = "in strict mode"
     if forbid_compile is not None:
         raise _miss(source, forbid_compile)
     deadline = time.monotonic() + settings.current().lock_timeout_s
     with locks.thread_lock(source.key, deadline):
-        return _find(source) or _compile(source, deadline, apart or settings.current().safe_compile)
+        return _find(source) or _compile(source, deadline, compiler)
 
 
 def lookup(source_or_key: Source | str) -> Artifact | None:
@@ -184,7 +185,9 @@ def _find(wanted: Source | str) -> tuple[Artifact, Origin] | None:
     return None
 
 
-def _compile(source: Source, deadline: float, apart: bool) -> tuple[Artifact, Origin]:
+def _compile(
+    source: Source, deadline: float, compiler: Callable[[Source, str], Artifact] | None
+) -> tuple[Artifact, Origin]:  # fmt: skip
     """Compiles and publishes, unless another process does while we wait for its lock."""
     module = _module(source)
     store = _root_store()
@@ -199,7 +202,7 @@ def _compile(source: Source, deadline: float, apart: bool) -> tuple[Artifact, Or
     with locks.file_lock(directory, source.key, deadline, published):
         if found or published():
             return found[0]
-        run = child.compile_apart if apart else child.compile_here
+        run = compiler or (child.compile_apart if settings.current().safe_compile else child.compile_here)
         artifact = run(source, module)
         if store is not None:
             artifact = _publish(store, source, artifact)

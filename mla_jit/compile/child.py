@@ -1,8 +1,8 @@
 """Runs a compiler: in this process, or in a child that may abort, be killed or hang at no cost to the caller.
 
-The child is spawned (`python -m mla_jit.compile.child`), never forked, and cannot import torch. It gets a request as
-JSON on stdin and answers on stdout with a line of JSON and the binary. Nothing goes through files, so a full disk is no
-reason to fail; what compilers print goes to stderr.
+The child is spawned (`python -m mla_jit.compile.child`), never forked, and cannot import torch. It gets requests as
+lines of JSON on stdin and answers each on stdout with a line of JSON and the binary. Nothing goes through files, so a
+full disk is no reason to fail; what compilers print goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 import re
 import signal
 import site
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from mla_jit import errors, settings
 from mla_jit.compile.artifact import Artifact, Source
+from mla_jit.compile.talk import Child
 from mla_jit.errors import CompileError, CompilerAborted, MlaJitError
 
 _LOG_CHARS = 1 << 16  # of a compiler's output that an error carries
@@ -48,50 +49,90 @@ def compile_here(source: Source, module: str) -> Artifact:
 
 def compile_apart(source: Source, module: str) -> Artifact:
     """`compile_here` in a child process, killed after the setting compile_timeout_s. CompileError however it ends."""
-    env = _environment()
-    with contextlib.ExitStack() as stack:
+    with Compiler() as compiler:
+        return compiler(source, module)
+
+
+class Compiler:
+    """A child process that compiles one source after the other; a fresh one is started when it has ended.
+
+    For one thread at a time. A context manager; `close` ends the child.
+    """
+
+    def __init__(self) -> None:
+        self._child: Child | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __call__(self, source: Source, module: str) -> Artifact:
+        """As `compile_apart`."""
+        timeout_s = settings.current().compile_timeout_s
+        request = {"source": source.to_json(), "module": module, "timeout_s": timeout_s}
+        child = self._started(source)
+        child.forget_printed()
+        child.say(request)
+        deadline = time.monotonic() + timeout_s
+        try:
+            answer = child.hear(deadline)
+            binary = child.hear_bytes(answer.get("size", 0), deadline) if answer else b""
+        except TimeoutError:
+            child.end()
+            log = child.printed()
+            self.close()
+            hint = f"; the limit is MLA_JIT_COMPILE_TIMEOUT_S, now {timeout_s:g} s"
+            what = f"the compiler did not end and was killed: {_first_useful(log)}{hint}"
+            raise _failure(source, what, log, CompilerAborted) from None
+        except BaseException:
+            self.close()
+            raise
+        status = 0
+        if answer is None:
+            status = child.end(patience_s=5.0)
+        log = child.printed()
+        if answer is None:
+            self.close()
+        return _answer(source, status, answer or {}, binary, log)
+
+    def _started(self, source: Source) -> Child:
+        if self._child is not None and self._child.alive():
+            return self._child
+        self.close()
+        env = _environment()
         with contextlib.suppress(OSError):  # what a killed compiler leaves behind goes with this
-            scratch = tempfile.TemporaryDirectory(prefix="mla_jit-child-", ignore_cleanup_errors=True)
-            env["TMPDIR"] = stack.enter_context(scratch)
-        return _run(source, module, env)
+            self._scratch = tempfile.TemporaryDirectory(prefix="mla_jit-child-", ignore_cleanup_errors=True)
+            env["TMPDIR"] = self._scratch.name
+        cwd = _working_directory()
+        command = [sys.executable or "python3", "-m", "mla_jit.compile.child"]
+        try:  # `-m` would import from our directory; the child goes there afterwards
+            self._child = Child(command, env, "/")
+        except OSError as error:
+            raise _failure(source, f"no compiling child could be started: {error}") from error
+        self._child.say({"path": [os.path.join(cwd, path) for path in sys.path], "cwd": cwd})
+        return self._child
+
+    def kill(self) -> None:
+        """Ends the child from another thread; a call that waits for it raises CompilerAborted."""
+        if (child := self._child) is not None:
+            child.end()
+
+    def close(self) -> None:
+        """Ends the child, and what it has started."""
+        child, self._child = self._child, None
+        scratch, self._scratch = self._scratch, None
+        if child is not None:
+            child.end()
+            child.release()
+        if scratch is not None:
+            scratch.cleanup()
+
+    def __enter__(self) -> Compiler:  # noqa: PYI034  # Self is of a later Python than 3.10
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def _run(source: Source, module: str, env: dict[str, str]) -> Artifact:
-    timeout_s = settings.current().compile_timeout_s
-    cwd = _working_directory()
-    paths = [os.path.join(cwd, path) for path in sys.path]
-    request = {"source": source.to_json(), "module": module, "path": paths, "cwd": cwd, "timeout_s": timeout_s}
-    try:
-        process = subprocess.Popen(
-            [sys.executable or "python3", "-m", "mla_jit.compile.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-            cwd="/",  # `-m` would import from ours; the child goes there afterwards
-            start_new_session=True,  # so that a kill reaches the assembler it may have started
-        )
-    except OSError as error:
-        raise _failure(source, f"no compiling child could be started: {error}") from error
-    try:
-        out, err = process.communicate(json.dumps(request).encode(), timeout_s)
-    except subprocess.TimeoutExpired:
-        log = _kill(process)
-        hint = f"; the limit is MLA_JIT_COMPILE_TIMEOUT_S, now {timeout_s:g} s"
-        what = f"the compiler did not end and was killed: {_first_useful(log)}{hint}"
-        raise _failure(source, what, log, CompilerAborted) from None
-    except BaseException:
-        _kill(process)
-        raise
-    return _answer(source, process.returncode, out, err.decode(errors="replace"))
-
-
-def _answer(source: Source, status: int, out: bytes, log: str) -> Artifact:
-    """The artifact, or the error, that a child which ended with this status has sent."""
-    head, _, binary = out.partition(b"\n")
-    answer: dict[str, Any] = {}
-    with contextlib.suppress(ValueError):
-        answer = json.loads(head)
+def _answer(source: Source, status: int, answer: dict[str, Any], binary: bytes, log: str) -> Artifact:
+    """The artifact, or the error, that a child has sent; the error of one that ended with this status without."""
     if "error" in answer:
         kind = getattr(errors, answer["error"])
         kind = kind if issubclass(kind, CompileError) else CompileError
@@ -124,19 +165,6 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
-def _kill(process: subprocess.Popen[bytes]) -> str:
-    """Kills the child and what it started; what it has printed."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    try:
-        return process.communicate(timeout=5.0)[1].decode(errors="replace")
-    except (subprocess.TimeoutExpired, ValueError, OSError):  # something that left the session still has the pipes
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-        return ""
-
-
 def _environment() -> dict[str, str]:
     """With which the child finds this very mla_jit, until it has our sys.path."""
     env = settings.child_environment()
@@ -155,28 +183,34 @@ def _working_directory() -> str:
 
 
 def main() -> None:
-    """The child's side: a request on stdin, the answer on what stdout was."""
-    request = json.load(sys.stdin)
+    """The child's side: our sys.path and directory on stdin, then requests; the answers go to what stdout was."""
     answer_fd = os.dup(1)
     os.dup2(2, 1)
-    # Dies even when the parent, who would kill it, is gone and a C++ loop holds the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(min(math.ceil(request["timeout_s"]) + 5, 1 << 30))
-    sys.path[:] = request["path"]
+    start = json.loads(sys.stdin.readline())
+    sys.path[:] = start["path"]
     with contextlib.suppress(OSError):
-        os.chdir(request["cwd"])
+        os.chdir(start["cwd"])
     sys.modules["torch"] = None  # type: ignore[assignment]  # makes its import fail: 1.7 s and a CUDA context for nothing
-    binary = b""
+    with open(answer_fd, "wb") as out:
+        while line := sys.stdin.readline():
+            request = json.loads(line)
+            # Dies even when the parent, who would kill it, is gone and a C++ loop holds the interpreter.
+            signal.alarm(min(math.ceil(request["timeout_s"]) + 5, 1 << 30))
+            answer, binary = _compiled(request)
+            signal.alarm(0)
+            sys.stderr.flush()
+            out.write(json.dumps({**answer, "size": len(binary)}).encode() + b"\n" + binary)
+            out.flush()
+    os._exit(0)  # a compiler's static destructors may abort, and have nothing to say
+
+
+def _compiled(request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     try:
         artifact = compile_here(Source.from_json(request["source"]), request["module"])
-        answer: dict[str, Any] = {"manifest": artifact.manifest()}
-        binary = artifact.binary
+        return {"manifest": artifact.manifest()}, artifact.binary
     except MlaJitError as error:
-        answer = {"error": type(error).__name__, "message": str(error), "log": getattr(error, "log", "")}
-    with open(answer_fd, "wb") as out:
-        out.write(json.dumps(answer).encode() + b"\n" + binary)
-    sys.stderr.flush()
-    os._exit(0)  # a compiler's static destructors may abort, and have nothing to say
+        return {"error": type(error).__name__, "message": str(error), "log": getattr(error, "log", "")}, b""
 
 
 if __name__ == "__main__":

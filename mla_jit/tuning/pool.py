@@ -167,6 +167,12 @@ class Pool:
                 self._remember(problem, config, device, reply)
             return reply.measurement
 
+    def start(self, device: str) -> None:
+        """Starts the device's worker, if there is none, and does not wait until it is ready."""
+        slot = self._slots[device]
+        with slot.lock:
+            self._worker(slot)
+
     def versions(self, device: str) -> dict[str, str]:
         """ "torch" and "driver" of a device, as far as there are any; {} before its first `measure`."""
         worker = self._slots[device].worker

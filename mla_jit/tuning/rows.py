@@ -21,7 +21,8 @@ FAULTS = (
 )  # fmt: skip
 PROVENANCES = ("measured", "imported", "predicted")  # best first
 PROBLEMS = {"decode": DecodeProblem}  # by op
-NOISE = 0.25  # of the greater spread: closer medians are equal
+# Closer medians are equal: a part of the greater spread, and no more than a part of the median.
+NOISE, MOST_NOISE = 0.25, 0.01
 SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie
 
 
@@ -144,12 +145,16 @@ def slug(device: str) -> str:
 def preferred(times: Iterable[tuple[Config, float, float | None]]) -> Config:
     """Of configs with a median and a spread the fastest; of those within the noise of it the simplest.
 
-    Noise: a quarter of the greater spread (max - min over rounds), about what medians of the same config differ by.
+    Noise: a quarter of the greater spread (max - min over rounds), about what medians of the same config differ by; but
+    never more than 1 % of the fastest.
     """
     known = list(times)
     _, best_us, best_spread = min(known, key=lambda row: (row[1], row[0].to_json()))
-    ties = [config for config, us, spread in known if us - best_us <= NOISE * max(spread or 0.0, best_spread or 0.0)]
-    return min(ties, key=simplest)
+
+    def noise_us(spread: float | None) -> float:
+        return min(NOISE * max(spread or 0.0, best_spread or 0.0), MOST_NOISE * best_us)
+
+    return min((config for config, us, spread in known if us - best_us <= noise_us(spread)), key=simplest)
 
 
 def simplest(config: Config) -> tuple[int, str]:

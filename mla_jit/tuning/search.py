@@ -123,6 +123,38 @@ def tune(
     return outcome
 
 
+def first(problem: DecodeProblem, target: Target, candidates: Sequence[Config]) -> list[Config]:
+    """With which of the candidates an `auto` search begins, as far as can be said before it: to compile them early."""
+    return [*candidates[:1], *_leaders(_ranked(problem, target, candidates))]
+
+
+def kernels(problem: DecodeProblem, target: Target, candidates: Sequence[Config]) -> list[Config]:
+    """Of each first kernel the config that is ranked first, in the order of the rank."""
+    found: dict[Any, Config] = {}
+    for config in _ranked(problem, target, candidates):
+        found.setdefault(_kernel(config), config)
+    return list(found.values())
+
+
+def _ranked(problem: DecodeProblem, target: Target, candidates: Iterable[Config]) -> list[Config]:
+    predict = _predictor(problem, target)
+    return sorted(candidates, key=lambda c: (predict(c), c.to_json()))
+
+
+def _count(candidates: int) -> int:
+    """How many of so many `auto` measures."""
+    share = max(_SHARE * candidates, _COST * candidates - _TAIL)
+    return min(candidates, max(_LEAST, min(_MOST, math.ceil(share))))
+
+
+def _leaders(ranked: Sequence[Config]) -> list[Config]:
+    """The best of each group as ranked; no more than the first batch has room for."""
+    found: dict[Any, Config] = {}
+    for config in ranked:
+        found.setdefault(_group(config), config)
+    return list(found.values())[: max(1, round(_count(len(ranked)) * _BATCHES[0]) // 2)]
+
+
 def _predictor(problem: DecodeProblem, target: Target) -> Callable[[Config], float]:
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
 
@@ -153,22 +185,21 @@ class _Sweep:
         self.tried: set[Config] = set()
         self.faults: dict[Config, tuple[str, str]] = {}
         self.finalists: list[Config] = []  # once the playoff is over
+        self.asked: Sequence[Config] = ()
 
     def search(
         self, ranked: Sequence[Config], asked: Sequence[Config], predicted: Mapping[Config, float], exhaustive: bool
     ) -> None:
-        share = max(_SHARE * len(ranked), _COST * len(ranked) - _TAIL)
-        count = min(len(ranked), max(_LEAST, min(_MOST, math.ceil(share))))
+        count = _count(len(ranked))
         exhaustive = exhaustive or count == len(ranked)
         count = len(ranked) if exhaustive else count
         guide = _Guide(ranked, predicted)
         leaders = max(_LEADERS[0], min(_LEADERS[1], count // 8))
         planned = count + leaders + _PASSES * (_FINALISTS + len(asked))
+        self.asked = asked
         self.on_event("start", {"candidates": len(ranked), "planned": planned})
         if not exhaustive:  # so that these are compiled while the first are measured
-            self.on_event(
-                "shortlist", {"effort": SHORT, "configs": (*asked, *guide.leaders(round(count * _BATCHES[0])))}
-            )
+            self.on_event("shortlist", {"effort": SHORT, "configs": (*asked, *_leaders(ranked))})
         self.rung(asked, SHORT)
         if exhaustive:
             self.rung([c for c in ranked if c not in asked], SHORT)
@@ -221,7 +252,7 @@ class _Sweep:
                         runs.setdefault(config, []).append(found)
             self.finalists = list(configs)
         finally:
-            for config, found_ in runs.items():
+            for config, found_ in sorted(runs.items(), key=lambda run: run[0] not in self.asked):  # the default first
                 if config not in self.faults:
                     self.record(config, PLAYOFF, _merged(found_), new=True)
 
@@ -315,7 +346,7 @@ class _Guide:
     def next(self, count: int, *, by_group: bool) -> list[Config]:
         """The next `count` configs; `by_group`: the best of each group as ranked first, in half of the places."""
         batch: list[Config] = []
-        for config in self.leaders(count) if by_group else ():
+        for config in _leaders(self.ranked)[: max(1, count // 2)] if by_group else ():
             if self.allowed(self.place[config]):
                 batch.append(self.choose(config))
         mean = statistics.fmean(self.errors) if self.errors else 0.0
@@ -330,13 +361,6 @@ class _Guide:
             best = min(open_, key=lambda i: expected[i] - _CURIOSITY / (1 + self.near[i]))
             batch.append(self.choose(self.ranked[best]))
         return batch
-
-    def leaders(self, count: int) -> list[Config]:
-        """The best of each group as ranked, for half of `count` places."""
-        found: dict[Any, Config] = {}
-        for config in self.ranked:
-            found.setdefault(_group(config), config)
-        return list(found.values())[: max(1, count // 2)]
 
     def kin(self, best: Sequence[Config], count: int) -> list[Config]:
         """Configs with up to two tunables of the first kernel unlike the best's, or those of the best of another group.

@@ -23,7 +23,7 @@ from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning.rows import NOISE, OK, PROBLEMS, Trial
+from mla_jit.tuning.rows import MOST_NOISE, NOISE, OK, PROBLEMS, Trial
 
 if TYPE_CHECKING:
     import sqlite3
@@ -76,7 +76,8 @@ def _version_1(db: Database) -> None:
     )
     ranked = f"SELECT *, {fastest} FROM ({good}) WHERE revision = newest"
     # rows.preferred, in SQL: of what the noise cannot tell from the fastest, the simplest.
-    noise = f"{NOISE} * max(coalesce(spread_us, 0), coalesce(best_spread_us, 0))"
+    spread = "max(coalesce(spread_us, 0), coalesce(best_spread_us, 0))"
+    noise = f"min({NOISE} * {spread}, {MOST_NOISE} * best_median_us)"
     alike = "effort = best_effort AND (provenance = 'predicted') = (best_provenance = 'predicted')"
     simplest = "coalesce(json_extract(config, '$.num_kv_splits'), 0), config, content"
     place = f"row_number() OVER (PARTITION BY {group} ORDER BY {simplest})"
@@ -276,7 +277,10 @@ class Store:
             if _version(connection, self.path) < len(MIGRATIONS):
                 _migrate(connection, self.path)
             # A rollback journal on network file systems: WAL needs memory that all its users share.
-            _set_journal(connection, "delete" if locks.on_network(self.path) else "wal", self.timeout_s)
+            wal = not locks.on_network(self.path)
+            _set_journal(connection, "wal" if wal else "delete", self.timeout_s)
+            if wal:  # a killed process loses nothing, a power failure at most the last transactions
+                connection.execute("PRAGMA synchronous = NORMAL")
         except BaseException:
             connection.close()
             raise

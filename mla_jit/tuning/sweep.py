@@ -43,6 +43,8 @@ class Measurer(Protocol):
         self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
     ) -> Measurement: ...
 
+    def start(self, device: str) -> None: ...
+
     def versions(self, device: str) -> dict[str, str]: ...
 
 
@@ -84,7 +86,12 @@ def shapes(
 def cache_bytes(problem: DecodeProblem) -> int:
     """Of the latent cache at the length bound, or of as many tokens as the problem has."""
     tokens = problem.batch * problem.max_kv_len
-    return min(tokens, problem.total_kv or tokens) * problem.head_dim * DTYPES[problem.kv_dtype].bytes
+    return (
+        min(tokens, problem.total_kv or tokens)
+        * problem.num_kv_heads
+        * problem.head_dim
+        * DTYPES[problem.kv_dtype].bytes
+    )
 
 
 @dataclass(frozen=True)
@@ -105,14 +112,15 @@ def candidates(problem: DecodeProblem, target: Target) -> list[Config]:
 def run(
     problems: Sequence[DecodeProblem], target: Target, devices: Sequence[str], pool: Measurer, store: Store, *,
     budget_s: float, how: str = "auto", resume: bool = True, timeout_s: float = 60.0, command: str = "mla-tune run",
-    builds: Builds | None = None, on_event: Event | None = None, stop: threading.Event | None = None,
+    cross: bool = True, builds: Builds | None = None, on_event: Event | None = None,
+    stop: threading.Event | None = None,
 ) -> Iterator[Finished]:  # fmt: skip
     """Tunes each problem on one of the devices; yields as they finish. The budget is shared by the shapes still to do.
 
-    Then, on the same device, the best configs of problems that differ in lengths alone are timed at each other's
-    lengths, so that for a call without hints the best worst case is known. `builds` compiles ahead of the workers; one
-    is made, and closed, if absent. KeyboardInterrupt (or `stop`) ends it after the running measurements; what was
-    measured is stored.
+    Then (`cross`), on the same device, the best configs of problems that differ in lengths alone are timed at each
+    other's lengths, so that for a call without hints the best worst case is known. `builds` compiles ahead of the
+    workers; one is made, and closed, if absent. KeyboardInterrupt (or `stop`) ends it after the running measurements;
+    what was measured is stored.
     """
     sweep = _Sweep(
         target, pool, store, how, resume, timeout_s, command, on_event, stop or threading.Event(),
@@ -121,6 +129,7 @@ def run(
     todo: queue.SimpleQueue[DecodeProblem] = queue.SimpleQueue()
     for problem in problems:
         todo.put(problem)
+    following = dict(itertools.pairwise(problems))
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
     tuned = threading.Barrier(len(devices))
 
@@ -132,11 +141,11 @@ def run(
                     problem = todo.get_nowait()
                 except queue.Empty:
                     break
-                finished = sweep.tune(problem, device)
+                finished = sweep.tune(problem, device, following.get(problem))
                 mine.append(problem)
                 done.put(finished)
             tuned.wait()
-            for problem in mine:
+            for problem in mine if cross else ():
                 sweep.cross(problem, device)
         except threading.BrokenBarrierError:  # another device's thread has ended with an error
             pass
@@ -183,13 +192,16 @@ class _Sweep:
     left: int
     builds: Builds
     winners: dict[DecodeProblem, Config] = field(default_factory=dict)
+    defaults: dict[DecodeProblem, Config] = field(default_factory=dict)
+    default_us: dict[DecodeProblem, float] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
         with self.lock:
             return max(0.0, self.deadline - time.monotonic()) * self.devices / max(self.left, self.devices)
 
-    def tune(self, problem: DecodeProblem, device: str) -> Finished:
+    def tune(self, problem: DecodeProblem, device: str, following: DecodeProblem | None) -> Finished:
+        """Searches the best config, unless that was finished before. `following` will be the next of its thread."""
         started = time.monotonic()
         same = self.trials(problem)
         known = {(trial.config, trial.effort): _measurement(trial) for trial in same} if self.resume else {}
@@ -198,8 +210,19 @@ class _Sweep:
         if self.resume and played:
             self.winners[problem] = preferred(played)
         else:
+            self.pool.start(device)
+            found = candidates(problem, self.target)
+            self.builds.start(problem, found[:1])
+            if found:
+                self.defaults[problem] = found[0]
+            if self.how == "auto":  # what it, and then the next, may come to want, while this one is measured
+                self.builds.start(problem, search.first(problem, self.target, found))
+                self.builds.start(problem, search.kernels(problem, self.target, found), idle=True)
+                if following is not None:
+                    later = search.first(following, self.target, candidates(following, self.target))
+                    self.builds.start(following, later, idle=True)
             outcome = search.tune(
-                problem, self.target, candidates(problem, self.target),
+                problem, self.target, found,
                 lambda config, effort: self.measure(problem, device, config, effort),
                 budget_s=self.share_s(), search=self.how, incumbents=self.incumbents(problem, same), done=known,
                 on_event=lambda name, data: self.keep(problem, device, name, data),
@@ -257,6 +280,8 @@ class _Sweep:
 
     def keep(self, problem: DecodeProblem, device: str, name: str, data: dict[str, Any]) -> None:
         if name == "trial":
+            if data["config"] == self.defaults.get(problem) and data["measurement"].median_us is not None:
+                self.default_us[problem] = data["measurement"].median_us
             self.store.add([self.trial(problem, device, data["config"], data["effort"], data["measurement"])])
         if name == "shortlist":
             self.builds.start(problem, data["configs"])
@@ -271,7 +296,8 @@ class _Sweep:
         versions = self.pool.versions(device)
         return Trial(
             problem=problem, config=config, target=self.target.name, device=self.target.device, revision=revision,
-            status=found.status, median_us=found.median_us, spread_us=found.spread_us, rel_l2=found.rel_l2,
+            status=found.status, median_us=found.median_us, spread_us=found.spread_us,
+            default_us=self.default_us.get(problem), rel_l2=found.rel_l2,
             registers=found.registers, spill_bytes=found.spill_bytes, smem_bytes=found.smem_bytes,
             source_hash=found.source_hash, toolchain=toolchain(), driver=versions.get("driver", ""),
             torch=versions.get("torch", ""), effort=effort,

@@ -14,9 +14,7 @@ import os
 import queue
 import re
 import resource
-import selectors
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_jit import launch
+from mla_jit.compile.talk import Child
 from mla_jit.config import Config
 from mla_jit.errors import MlaJitError
 from mla_jit.tuning.candidate import ILLEGAL, MEMORY, Timer, attempt, place_of
@@ -32,7 +31,6 @@ from mla_jit.tuning.rows import PROBLEMS, Measurement
 
 _START_S = 180.0  # that a worker may take to start: an import of torch, a context
 PREPARE_S = 300.0  # that a problem's inputs and reference may take; no candidate's fault
-_LOG_BYTES = 1 << 16  # of a worker's stderr that are kept
 
 # ------------------------------------------------------------------------------------------------------ in the worker
 
@@ -124,65 +122,45 @@ class Reply:
     phase: str
 
 
-class Worker:
+class Worker(Child):
     """A worker process, seen from its parent. For one thread at a time, but for `end`."""
 
     def __init__(self, start: dict[str, Any], environment: dict[str, str]):
         cwd = os.getcwd()
         command = "import sys; sys.path[:] = sys.argv[1:]; from mla_jit.tuning.worker import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command, *(os.path.join(cwd, path) for path in sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C is the parent's; a kill reaches the assemblers that it may have started
-        )
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self._lock = threading.Lock()
-        self._out, self._log = b"", b""
-        self._selector = selectors.DefaultSelector()
-        self._stdout, self._stderr = self.process.stdout.fileno(), self.process.stderr.fileno()
-        for fd in (self._stdout, self._stderr):
-            os.set_blocking(fd, False)
-            self._selector.register(fd, selectors.EVENT_READ)
+        super().__init__(
+            [sys.executable, "-c", command, *(os.path.join(cwd, path) for path in sys.path)], environment
+        )  # fmt: skip
         self._ready = False
         self.versions: dict[str, str] = {}  # of torch and the driver, once it is ready
-        self._send(start)
-
-    def alive(self) -> bool:
-        """Whether it runs; the status of one that has ended is left for `end`."""
-        with self._lock:
-            return self.process.returncode is None and not self._ended()
+        self.say(start)
 
     def wait_ready(self) -> None:
         """Raises MlaJitError if it does not start."""
         if self._ready:
             return
         try:
-            message = self._read(time.monotonic() + _START_S) or {}
+            message = self.hear(time.monotonic() + _START_S) or {}
             note = message.get("note", "it ended")
         except TimeoutError:
             message, note = {}, f"it took more than {_START_S:g} s"
         if message.get("phase") != "ready":
             self.end(1.0)
-            line = _telling(self._printed())
+            line = _telling(self.printed())
             raise MlaJitError(f"no worker could be started, {note}{f' ({line})' if line else ''}; see that the device "
                               "is there and free, and that torch imports with the same interpreter")  # fmt: skip
         self._ready, self.versions = True, message.get("versions", {})
 
     def ask(self, request: dict[str, Any]) -> Reply | None:
         """What a request comes to. None if the process had ended before it."""
-        self._printed()
-        self._log = b""
-        self._send(request)
+        self.forget_printed()
+        self.say(request)
         timeout_s = left = request["timeout_s"]
         deadline, phase = time.monotonic() + timeout_s, ""
         found: dict[str, Any] = {}
         while True:
             try:
-                message = self._read(deadline)
+                message = self.hear(deadline)
             except TimeoutError:
                 self.end()
                 status, note = "hang", f"killed after {timeout_s:g} s, while {phase or 'resolving'}"
@@ -196,7 +174,7 @@ class Worker:
                 code = self.end(patience_s=5.0)
                 if not phase:
                     return None
-                status, note = _verdict(phase, code, self._printed())
+                status, note = _verdict(phase, code, self.printed())
                 return Reply(Measurement(status, note=note, **found), True, phase)
             if phase == "preparing":
                 deadline = time.monotonic() + left
@@ -207,68 +185,6 @@ class Worker:
                 return Reply(Measurement.from_json(message["measurement"]), message["doubtful"], phase)
             phase = message.pop("phase")
             found |= message
-
-    def end(self, patience_s: float = 0.0) -> int:
-        """Kills it and all of its session, unless it ends by itself within `patience_s`; the return code."""
-        with self._lock:
-            if self.process.returncode is None:
-                deadline = time.monotonic() + patience_s
-                while not self._ended() and time.monotonic() < deadline:
-                    time.sleep(0.005)
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                with contextlib.suppress(subprocess.TimeoutExpired):  # in the driver; it goes when that lets it
-                    self.process.wait(30.0)
-            return -signal.SIGKILL if self.process.returncode is None else self.process.returncode
-
-    def release(self) -> None:
-        """Closes the pipes of a worker that was ended."""
-        self._selector.close()
-        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
-    def _ended(self) -> bool:
-        """Whether it has, its status left to be read: until then nobody else can have its process id."""
-        try:
-            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
-            return True
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError, ValueError):  # it has ended, or was: the answer tells
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def _read(self, deadline: float) -> dict[str, Any] | None:
-        """The next message; None when it has ended. Raises TimeoutError."""
-        while b"\n" not in self._out:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            ready = [key.fd for key, _ in self._selector.select(left)]
-            if self._stderr in ready and not self._take():
-                self._selector.unregister(self._stderr)
-            if self._stdout in ready:
-                if not (data := os.read(self._stdout, 1 << 16)):
-                    return None
-                self._out += data
-        line, _, self._out = self._out.partition(b"\n")
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def _take(self) -> bytes:
-        data = os.read(self._stderr, 1 << 16)
-        self._log = (self._log + data)[-_LOG_BYTES:]
-        return data
-
-    def _printed(self) -> str:
-        """The end of what it has printed since the request."""
-        with contextlib.suppress(OSError):  # BlockingIOError: that was all
-            while self._take():
-                pass
-        return self._log.decode(errors="replace")
 
 
 def _verdict(phase: str, code: int, log: str) -> tuple[str, str]:

@@ -188,13 +188,13 @@ def test_compile_then_find_then_look_after_the_cache():
 
 
 def test_compile_falls_short_when_a_kernel_does(monkeypatch):
-    from mla_jit import ahead
+    from mla_jit.compile import farm
     from mla_jit.errors import IllegalArtifact
 
-    def fail(source):
+    def fail(source, **_):
         raise IllegalArtifact("too much of something", key=source.key)
 
-    monkeypatch.setattr(ahead.cache, "build_traced", fail)
+    monkeypatch.setattr(farm.cache, "build_traced", fail)
     options = ["--model", "minicpm3-4b", "--target", "gfx950", "--lse", "no", "--ragged", "no", "--max-batch", "1"]
     data = run_json("compile", *options, code=1)
     assert {k["error"] for k in data["kernels"]} == {"too much of something"}

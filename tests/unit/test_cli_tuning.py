@@ -1,4 +1,4 @@
-"""`mla-tune plan`, `run`, `show`, `export` and `merge`, on the CPU and on targets that are not here."""
+"""`mla-tune plan` and `run`, on the CPU and on targets that are not here, and what other verbs make of a run."""
 
 from __future__ import annotations
 
@@ -70,10 +70,13 @@ def test_a_run_fills_the_database_and_the_next_one_has_nothing_to_do(database: P
     assert dict(row.config) == best["config"]
 
     other = tmp_path / "other.db"
-    assert invoke_json("merge", "--db", other, path, database)["added"] == 1 + shown["trials"]
-    assert invoke_json("merge", "--db", other, path, database)["added"] == 0
+    assert invoke_json("import", "--db", other, path) == {"ok": True, "database": str(other), "read": 1, "added": 1}
+    assert invoke_json("merge", "--db", other, database)["added"] == shown["trials"]
+    assert invoke_json("merge", "--db", other, database)["added"] == 0
+    assert invoke_json("import", "--db", other, path)["added"] == 0
     with store.Store(other, readonly=True) as merged:
         assert {t.provenance for t in merged.trials()} == {"measured", "imported"}
+    assert invoke_json("compare", database, path)["geometric_mean"] == 1.0
 
 
 def test_a_budget_that_is_too_short_is_said() -> None:
@@ -94,12 +97,9 @@ def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("show",), 1, "there is no tuning database"),
-        (("export", "somewhere"), 1, "there is no tuning database"),
         (("run", *SMALL, "--budget", "soon"), 2, "'soon' is no time"),
         (("plan", "--model", "gpt-2"), 2, "no model 'gpt-2'"),
         (("plan", "--model", "deepseek-v3", "--tp", "3"), 2, "cannot share equally"),
-        (("merge", "nowhere.db"), 2, "does not exist"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, tuple) else "",
 )

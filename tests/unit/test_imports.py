@@ -22,7 +22,7 @@ HEAVY = "{m for m in sys.modules if m.split('.')[0] in ('torch', 'triton', 'cuda
 
 PUBLIC = {
     "decode", "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "export_plan", "load_plan",
-    "Dispatch", "Support",
+    "autotune", "Dispatch", "Support",
     "DecodeProblem", "Problem", "Config", "Settings", "configure", "errors", "compat",
 }  # fmt: skip
 
@@ -37,13 +37,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
-    ("api torch_ops", "tuning.search", "ahead", "explain", "trial", "doctor"),
+    ("api torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (
-        "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.worker tuning.pool",
+        "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.builds tuning.worker tuning.pool",
     ),  # times the public `decode` beside the peers
-    ("tuning.sweep",),
-    ("compat", "quickstart", "support"),
-    ("cli cli_options cli_tuning",),
+    ("tuning.sweep tuning.database tuning.proofs",),
+    ("compat", "quickstart", "support", "tuning.auto"),
+    ("cli cli_options cli_tuning cli_database cli_report",),
 )
 # These describe kernels and compile them; nothing of them may need torch.
 LIGHT = (

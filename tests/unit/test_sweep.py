@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mla_jit import models, plan, settings, target
+from mla_jit.compile import farm
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.errors import CompilerAborted, InvalidInput
@@ -42,6 +43,9 @@ class Bench:
         if self.faulty and self.faulty in str(config):
             return Measurement("wrong", note="rel L2 0.5")
         return Measurement("ok", us(config), 0.01, 2e-3)
+
+    def start(self, device: str) -> None:
+        pass
 
     def versions(self, device: str) -> dict[str, str]:
         return {"torch": "0.0", "driver": f"of {device}"}
@@ -142,6 +146,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(database: store.Store) -> None:
     done = run(wanted, first, database, how="exhaustive", stop=stop)
     assert [d.outcome.stopped for d in done if d.outcome] == ["interrupted"]
     stored = {(t.config, sweep.EFFORTS[t.effort][0]) for t in database.trials()}
+    default = sweep.candidates(wanted[0], CPU)[0]
+    assert {t.default_us for t in database.trials()} == {us(default)}
     assert len(stored) == 3
     second = Bench()
     (finished,) = run(wanted, second, database, how="exhaustive")
@@ -244,7 +250,7 @@ def test_a_kernel_that_is_refused_is_never_measured_and_asked_for_once(database:
     (problem,) = sweep.shapes([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[1], kv_lens=[1024])
     bench = Bench()
     with pytest.MonkeyPatch.context() as patch, Failing() as compiling:
-        patch.setattr(builds.cache, "build_traced", refuse)
+        patch.setattr(farm.cache, "build_traced", refuse)
         (done,) = run([problem], bench, database, devices=["null:0"], where=HOPPER, builds=compiling)
     assert done.outcome is not None
     assert bench.asked == []

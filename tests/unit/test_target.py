@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from mla_jit.dtypes import DTYPES
 from mla_jit.errors import UnknownTarget
 from mla_jit.target import Target
 
+ROOT = Path(target.__file__).parents[1]
 ROWS = target.targets()
 GPUS = [row for row in ROWS.values() if row.triton]
 
@@ -117,3 +121,32 @@ def test_the_setting_overrides_the_detection():
 def test_here_without_a_gpu_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert target.here() is ROWS["cpu"]
+
+
+def test_the_driver_is_asked_where_torch_is_not_loaded() -> None:
+    """With a driver of Python objects: `here` needs no torch then, and without a device leaves the word to torch."""
+    code = """
+import sys, types
+class Driver(types.ModuleType):
+    class CUdevice_attribute:
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = "major", "minor"
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = "sms", "smem"
+    devices = 1
+    def cuInit(self, flags): return (0 if self.devices else 100,)
+    def cuDeviceGet(self, index): return 0, index
+    def cuDeviceGetAttribute(self, kind, device): return 0, {"major": 9, "minor": 0, "sms": 78, "smem": 200000}[kind]
+    def cuDeviceGetName(self, size, device): return 0, b"Some GPU" + bytes(248)
+    def cuDeviceTotalMem(self, device): return 0, 5 << 30
+driver = sys.modules["cuda.bindings.driver"] = Driver("cuda.bindings.driver")
+sys.modules["cuda"], sys.modules["cuda.bindings"] = types.ModuleType("cuda"), types.ModuleType("cuda.bindings")
+sys.modules["cuda.bindings"].driver = driver
+from mla_jit import target
+found = target.here()
+print(found.name, found.device, found.sms, found.smem_bytes, target.memory_bytes() >> 30, "torch" in sys.modules)
+target._by_driver.cache_clear()
+driver.devices = 0
+print(target._by_driver())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sm_90 Some GPU 78 200000 5 False", "None"]

@@ -1,0 +1,221 @@
+"""How good the tuner is: `auto` against the exhaustive search, and neighbours' configs against shapes' own.
+
+All times compared here are measured again for the comparison, the configs in alternation in a fresh worker; none is the
+search's own. The grids quality and neighbours of `mla-tune bench`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_jit import plan, settings
+from mla_jit.compile import cache
+from mla_jit.config import Config
+from mla_jit.errors import MlaJitError
+from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.target import Target
+from mla_jit.tuning import sweep
+from mla_jit.tuning.pool import Pool
+from mla_jit.tuning.store import Store
+
+_BUDGET_S = 3600.0  # of a search; none is cut short
+_TURNS = 4  # of each config in a comparison, there and back
+
+
+def _shapes(*sizes: tuple[int, int, int], c: int = 512, r: int = 64) -> tuple[DecodeProblem, ...]:
+    """(heads, batch, kv_len) each."""
+    return tuple(
+        DecodeProblem(num_heads=heads, batch=batch, max_kv_len=kv_len, kv_lora_rank=c, rope_dim=r, hinted=True)
+        for heads, batch, kv_len in sizes
+    )
+
+
+# Each has at least 300 legal configs on the GPU for which the space was made.
+QUALITY = (
+    *_shapes((8, 1, 1024), (8, 64, 4096)),
+    *_shapes((16, 1, 1024), (16, 1, 4096), (16, 64, 1024), (16, 64, 4096), (16, 128, 4096)),
+    *_shapes((64, 64, 1024), (64, 64, 4096), (64, 128, 4096)),
+    *_shapes((128, 64, 1024), (128, 64, 4096), (128, 64, 16384), (128, 128, 4096)),
+    *_shapes((40, 64, 1024), (40, 128, 4096), c=256, r=32),
+)
+# None of these was tuned for the shipped database: other batches and lengths, some between the tuned head counts.
+HELD_OUT = (
+    *_shapes((16, 2, 2048), (16, 8, 8192), (16, 24, 2048), (16, 48, 8192), (16, 96, 2048), (16, 2, 32768)),
+    *_shapes((32, 3, 2048), (32, 12, 8192), (32, 48, 2048), (32, 96, 8192)),
+    *_shapes((64, 2, 2048), (64, 6, 8192), (64, 24, 8192), (64, 48, 2048), (64, 96, 2048), (64, 2, 32768)),
+    *_shapes((128, 2, 2048), (128, 6, 8192), (128, 24, 2048), (128, 48, 8192), (128, 96, 2048), (128, 2, 32768)),
+    *_shapes((24, 8, 4096), (24, 48, 2048), (48, 8, 4096), (96, 48, 2048)),
+)
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """A shape searched in both ways, each sweep from an empty kernel cache and an empty database. Times in µs.
+
+    exhaustive_us, auto_us: of the two winners, measured again in alternation; `reached` is their ratio (1: as good).
+    spread: median ÷ best of the legal configs' times. exhaustive_s, auto_s: the shape's part of the sweeps' seconds.
+    """
+
+    shape: str
+    legal: int
+    spread: float
+    explored: int
+    exhaustive_us: float
+    auto_us: float
+    exhaustive_s: float
+    auto_s: float
+
+    @property
+    def reached(self) -> float:
+        return self.exhaustive_us / self.auto_us
+
+
+def quality_rows(
+    target: Target, device: str, shapes: Sequence[DecodeProblem] = QUALITY,
+    on_time: Callable[[str, float], None] | None = None,
+) -> Iterator[QualityRow]:  # fmt: skip
+    """Searches all shapes exhaustively, then by `auto`, then compares the winners. `on_time` hears sweeps' seconds."""
+    with tempfile.TemporaryDirectory(prefix="mla_jit-quality-") as root:
+        found = {}
+        for how in ("exhaustive", "auto"):
+            started = time.monotonic()
+            found[how] = _searched(target, device, shapes, Path(root, how), how)
+            if on_time is not None:
+                on_time(how, time.monotonic() - started)
+        with _cached(Path(root, "exhaustive")), Pool([device]) as pool:
+            for problem in shapes:
+                all_, auto = found["exhaustive"][problem], found["auto"][problem]
+                assert all_.outcome is not None
+                assert auto.outcome is not None
+                times = sorted(m.median_us for _, e, m in all_.outcome.trials if e == 0 and m.median_us is not None)
+                us = alternated(pool, device, problem, [all_.outcome.winner, auto.outcome.winner])
+                yield QualityRow(
+                    _say(problem), len(times), statistics.median(times) / times[0], auto.outcome.explored,
+                    us[all_.outcome.winner], us[auto.outcome.winner], all_.seconds, auto.seconds,
+                )  # fmt: skip
+
+
+def _searched(
+    target: Target, device: str, shapes: Sequence[DecodeProblem], root: Path, how: str
+) -> dict[DecodeProblem, sweep.Finished]:  # fmt: skip
+    with _cached(root), Store(root / "tuning.db") as store, Pool([device]) as pool:
+        done = sweep.run(
+            shapes, target, [device], pool, store, budget_s=_BUDGET_S, how=how, cross=False, command=f"proof: {how}"
+        )  # fmt: skip
+        return {finished.problem: finished for finished in done}
+
+
+@contextlib.contextmanager
+def _cached(root: Path) -> Iterator[None]:
+    """With a kernel cache of its own, of which nothing is in memory."""
+    with settings.scope(cache_dir=root / "cache"):
+        cache.forget()
+        try:
+            yield
+        finally:
+            cache.forget()
+
+
+def alternated(pool: Pool, device: str, problem: DecodeProblem, configs: Sequence[Config]) -> dict[Config, float]:
+    """µs of each config: the median of several measurements, in turn, every other turn in the opposite order."""
+    each = list(dict.fromkeys(configs))
+    rounds, window_ms = sweep.EFFORTS[sweep.LAST]
+    times: dict[Config, list[float]] = {config: [] for config in each}
+    for turn in range(_TURNS):
+        for config in each if turn % 2 == 0 else reversed(each):
+            found = pool.measure(device, problem, config, rounds=rounds, window_ms=window_ms)
+            if found.median_us is None:
+                raise MlaJitError(f"{config} on {problem}: {found.status}, {found.note}")
+            times[config].append(found.median_us)
+    return {config: statistics.median(us) for config, us in times.items()}
+
+
+@dataclass(frozen=True)
+class NeighbourRow:
+    """A shape that the databases do not hold, in µs: its own tuned config, and what it is served with without that.
+
+    neighbour: by the lookup (`whence` says from where). analytic: the default. aiter, vllm: the default's kernel with
+    as many splits as those projects' rules say. `reached` is tuned ÷ neighbour.
+    """
+
+    shape: str
+    tuned_us: float
+    neighbour_us: float
+    analytic_us: float
+    aiter_us: float
+    vllm_us: float
+    whence: str
+
+    @property
+    def reached(self) -> float:
+        return self.tuned_us / self.neighbour_us
+
+    @property
+    def analytic_reached(self) -> float:
+        return self.tuned_us / self.analytic_us
+
+    @property
+    def aiter_reached(self) -> float:
+        return self.tuned_us / self.aiter_us
+
+    @property
+    def vllm_reached(self) -> float:
+        return self.tuned_us / self.vllm_us
+
+
+def neighbour_rows(
+    target: Target, device: str, shapes: Sequence[DecodeProblem] = HELD_OUT
+) -> Iterator[NeighbourRow]:  # fmt: skip
+    """Tunes each shape into a database of its own, and compares its config with those it would be served with.
+
+    The lookup sees the user's and the shipped databases as they are. MlaJitError where they hold a shape itself.
+    """
+    chosen = {problem: plan.choose(problem, target) for problem in shapes}
+    for problem, choice in chosen.items():
+        if choice.provenance in ("measured", "imported", "stale"):
+            raise MlaJitError(f"{problem} is no held-out shape: {choice.why}; use another database")
+    with (
+        tempfile.TemporaryDirectory(prefix="mla_jit-neighbours-") as root, Store(Path(root, "tuning.db")) as store,
+        Pool([device]) as pool,
+    ):  # fmt: skip
+        for done in sweep.run(
+            shapes, target, [device], pool, store, budget_s=_BUDGET_S, cross=False, command="proof: neighbours"
+        ):  # fmt: skip
+            assert done.outcome is not None
+            problem = done.problem
+            default = plan.analytic(problem, target).config
+            configs = {
+                "tuned": done.outcome.winner, "neighbour": chosen[problem].config, "analytic": default,
+                "aiter": default.replace(num_kv_splits=aiter_splits(problem, target)),
+                "vllm": default.replace(num_kv_splits=vllm_splits(problem)),
+            }  # fmt: skip
+            us = alternated(pool, device, problem, list(configs.values()))
+            times = {f"{name}_us": us[config] for name, config in configs.items()}
+            yield NeighbourRow(_say(problem), **times, whence=chosen[problem].why or chosen[problem].provenance)
+
+
+def aiter_splits(problem: DecodeProblem, target: Target) -> int:
+    """AITER's rule (aiter/mla.py): the i in 1…16 that fills the device best, less a cost of 84.1 tokens a split."""
+    p = problem
+
+    def score(i: int) -> float:
+        waves = -(-p.batch * i // target.sms) * target.sms
+        return p.batch * i / waves * p.max_kv_len / (p.max_kv_len + 84.1 * i)
+
+    return max(range(1, 17), key=lambda i: (score(i), -i))
+
+
+def vllm_splits(problem: DecodeProblem) -> int:
+    """vLLM's rule (its Triton MLA backend): the power of two not below kv_len ÷ 512."""
+    return bucket(-(-problem.max_kv_len // 512))
+
+
+def _say(p: DecodeProblem) -> str:
+    dims = "" if (p.kv_lora_rank, p.rope_dim) == (512, 64) else f" ({p.kv_lora_rank}+{p.rope_dim})"
+    return f"{p.max_kv_len} × {p.num_heads} heads × {p.batch}{dims}"
