@@ -217,10 +217,10 @@ class _Sweep:
                 self.defaults[problem] = found[0]
             if self.how == "auto":  # what it, and then the next, may come to want, while this one is measured
                 self.builds.start(problem, search.first(problem, self.target, found))
-                self.builds.start(problem, search.kernels(problem, self.target, found), idle=True)
                 if following is not None:
                     later = search.first(following, self.target, candidates(following, self.target))
                     self.builds.start(following, later, idle=True)
+                self.builds.start(problem, search.kernels(problem, self.target, found), idle=True)
             outcome = search.tune(
                 problem, self.target, found,
                 lambda config, effort: self.measure(problem, device, config, effort),
