@@ -26,7 +26,7 @@ from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
 from mla_jit.tuning.builds import Builds
-from mla_jit.tuning.rows import OK, Measurement, Trial, preferred
+from mla_jit.tuning.rows import OK, PROBLEMS, Measurement, Trial, preferred
 from mla_jit.tuning.store import Store
 
 EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by effort
@@ -145,7 +145,7 @@ def run(
                 mine.append(problem)
                 done.put(finished)
             tuned.wait()
-            for problem in mine if cross else ():
+            for problem in (*mine, *sweep.earlier(mine, problems)) if cross else ():
                 sweep.cross(problem, device)
         except threading.BrokenBarrierError:  # another device's thread has ended with an error
             pass
@@ -194,6 +194,7 @@ class _Sweep:
     winners: dict[DecodeProblem, Config] = field(default_factory=dict)
     defaults: dict[DecodeProblem, Config] = field(default_factory=dict)
     default_us: dict[DecodeProblem, float] = field(default_factory=dict)
+    families: dict[DecodeProblem, dict[DecodeProblem, Config]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
@@ -236,8 +237,7 @@ class _Sweep:
 
     def cross(self, problem: DecodeProblem, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""
-        kin = [p for p in self.winners if p != problem and _but_lengths(p) == _but_lengths(problem)]
-        found = dict.fromkeys(self.winners[p] for p in kin)
+        found = dict.fromkeys(config for kin, config in self.family(problem).items() if kin != problem)
         known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
         legal = _legal(problem, self.target)
         todo = [config for config in found if config not in known and legal(config)]
@@ -247,18 +247,40 @@ class _Sweep:
             measurement = self.measure(problem, device, config, LAST)
             self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
 
+    def family(self, problem: DecodeProblem) -> dict[DecodeProblem, Config]:
+        """What is best for problems that differ from it in lengths alone, in this sweep or before; by a playoff."""
+        kind = _but_lengths(problem)
+        with self.lock:
+            if kind not in self.families:
+                fields = {name: value for name, value in problem.fields().items() if name not in _OF_LENGTHS}
+                rows = self.current(self.store.best(**fields, **self.place))
+                found = {row.problem: row.config for row in rows if row.effort == LAST}
+                mine = {p: config for p, config in self.winners.items() if _but_lengths(p) == kind}
+                self.families[kind] = found | mine
+            return self.families[kind]
+
+    def earlier(
+        self, mine: Sequence[DecodeProblem], problems: Sequence[DecodeProblem]
+    ) -> Iterator[DecodeProblem]:  # fmt: skip
+        """Problems of earlier sweeps, of the families of which the first in this one is among `mine`."""
+        first: dict[DecodeProblem, DecodeProblem] = {}
+        for problem in problems:
+            first.setdefault(_but_lengths(problem), problem)
+        for problem in first.values():
+            if problem in mine:
+                yield from (other for other in self.family(problem) if other not in problems)
+
     @property
     def place(self) -> dict[str, str]:
         return {"target": self.target.name, "device": self.target.device}
 
     def trials(self, problem: DecodeProblem) -> list[Trial]:
         """The problem's, of today's templates and compiler."""
-        revisions = {variant.name: variant.revision for variant in ops.variants(problem.op)}
-        return [
-            trial
-            for trial in self.store.trials(problem=problem, **self.place)
-            if trial.revision == revisions.get(trial.variant) and trial.toolchain == toolchain()
-        ]
+        return self.current(self.store.trials(problem=problem, **self.place))
+
+    def current(self, trials: Iterable[Trial]) -> list[Trial]:
+        revisions = {variant.name: variant.revision for op in PROBLEMS for variant in ops.variants(op)}
+        return [t for t in trials if t.revision == revisions.get(t.variant) and t.toolchain == toolchain()]
 
     def incumbents(self, problem: DecodeProblem, same: Sequence[Trial]) -> list[Config]:
         """The best known of this very problem; and of the nearest one in the sweep that differs in lengths or batch."""
@@ -304,6 +326,9 @@ class _Sweep:
             policy=f"{candidate.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=self.command,
             created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), note=found.note,
         )  # fmt: skip
+
+
+_OF_LENGTHS = ("max_kv_len", "total_kv")
 
 
 def _but_lengths(problem: DecodeProblem) -> DecodeProblem:

@@ -85,11 +85,9 @@ def _versions(device: str) -> dict[str, str]:
 
     found = {"torch": str(torch.__version__)}
     if device.startswith("cuda"):
-        api = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else 0
         with contextlib.suppress(OSError, IndexError):  # "NVRM version: NVIDIA UNIX … Kernel Module  580.95.05  …"
             text = Path("/proc/driver/nvidia/version").read_text(encoding="ascii", errors="replace")
             found["driver"] = re.findall(r"\b\d+\.\d[\d.]*\b", text)[0]
-        found["driver"] = f"{found.get('driver', '')} CUDA {api // 1000}.{api % 1000 // 10}".strip()
     return found
 
 

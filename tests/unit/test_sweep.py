@@ -205,6 +205,12 @@ def test_the_best_of_other_lengths_are_timed_at_each_length(database: store.Stor
     again = ByLength()
     run([*wanted, *problems(3)], again, database)
     assert again.asked == []
+    (longer,) = later = of_lengths(4096)  # another sweep, over one more length
+    (done_,) = run(later, ByLength(), database)
+    assert done_.outcome is not None
+    timed = {p: {t.config for t in database.trials(problem=p, effort=sweep.LAST)} for p in (*wanted, longer)}
+    for problem in timed:
+        assert timed[problem] >= {*(winners[p] for p in wanted), done_.outcome.winner}
 
 
 def test_what_is_best_for_a_like_shape_takes_part(database: store.Store) -> None:
