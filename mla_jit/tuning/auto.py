@@ -24,6 +24,7 @@ from mla_jit.plan import MEASURED, Choice, Executable
 from mla_jit.problem import DecodeProblem, Problem
 from mla_jit.target import Target
 from mla_jit.tuning import sweep
+from mla_jit.tuning.builds import Builds
 from mla_jit.tuning.pool import Pool
 from mla_jit.tuning.search import SEARCHES
 from mla_jit.tuning.store import Store, user_path
@@ -104,6 +105,7 @@ class _Tuner:
         self.closed = threading.Event()  # the block has ended
         self._lock = threading.Lock()  # held by the thread that tunes
         self._pools: dict[str, Pool] = {}
+        self._builds: dict[Target, Builds] = {}
         self._store: Store | None = None
         self._stop = threading.Event()  # of the sweep that runs
         self._said: set[str] = set()
@@ -146,6 +148,8 @@ class _Tuner:
             self._store = Store(user_path())
         if device not in self._pools:
             self._pools[device] = Pool([device], quarantine=self._store.path.with_suffix(".quarantine"))
+        if target not in self._builds:
+            self._builds[target] = Builds(target)
         self._stop = threading.Event()
         if self.closed.is_set():
             return
@@ -153,7 +157,7 @@ class _Tuner:
             torch.cuda.current_stream(device).synchronize()
         for done in sweep.run(
             wanted, target, [device], self._pools[device], self._store, budget_s=self.left_s, how=self.how,
-            command="mla_jit.autotune", stop=self._stop,
+            command="mla_jit.autotune", builds=self._builds[target], stop=self._stop,
         ):  # fmt: skip
             found = done.outcome
             if found is not None and found.median_us is None and found.faults:
@@ -182,6 +186,8 @@ class _Tuner:
         with self._lock:
             for pool in self._pools.values():  # one that was just being made
                 pool.close()
+            for builds in self._builds.values():
+                builds.close()
             if self._store is not None:
                 self._store.close()
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_jit import ops
+from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
-from mla_jit.tuning import shipped, store, sweep
+from mla_jit.tuning import lookup, shipped, store, sweep
 from mla_jit.tuning.rows import OK, PROVENANCES, Measurement, Trial, slug
 from mla_jit.tuning.store import Store, plain
 
@@ -110,11 +111,34 @@ def show(source: Path) -> Contents:
 
 
 def export(source: Path, directory: Path) -> dict[Path, int]:
-    """Writes the best rows as <directory>/<device>/<op>.jsonl, as the package ships them; the rows by file."""
-    groups: dict[Path, list[Trial]] = {}
-    for trial in show(source).best:
-        groups.setdefault(directory / slug(trial.device) / f"{trial.op}.jsonl", []).append(trial)
-    return {path: shipped.export(groups[path], path) for path in sorted(groups)}
+    """Writes what a lookup needs as <directory>/<device>/<op>.jsonl, as the package ships it; the rows by file.
+
+    These are the best rows; and of problems that differ in lengths alone those of the config with the best worst case
+    over the lengths, which a call without hints is given.
+    """
+    groups: dict[Path, dict[tuple[object, ...], Trial]] = {}
+    with opened(source) as held:
+        for trial in (*held.best(), *_of_any_length(list(held.trials(status=OK)))):
+            rows = groups.setdefault(directory / slug(trial.device) / f"{trial.op}.jsonl", {})
+            rows.setdefault((trial.problem, trial.config, trial.target, trial.device, trial.provenance), trial)
+    return {path: shipped.export(groups[path].values(), path) for path in sorted(groups)}
+
+
+def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
+    """By family of lengths the rows of the config that is robust over them: of playoffs, and of newest revisions."""
+    newest: dict[str, int] = {}
+    for trial in trials:
+        newest[trial.variant] = max(trial.revision, newest.get(trial.variant, 0))
+    families: dict[tuple[object, ...], dict[tuple[DecodeProblem, Config], Trial]] = {}
+    for trial in trials:
+        if trial.effort == sweep.LAST and trial.revision == newest[trial.variant] and trial.provenance != _PREDICTED:
+            problem = dataclasses.replace(trial.problem, max_kv_len=0, total_kv=None)
+            rows = families.setdefault((problem, trial.target, trial.device), {})
+            known = rows.setdefault((trial.problem, trial.config), trial)
+            rows[trial.problem, trial.config] = min(known, trial, key=lambda t: (t.median_us or 0.0, t.created))
+    for rows in families.values():
+        robust = lookup.robust(sorted(rows.values(), key=lambda t: str(t.problem)))
+        yield from (trial for trial in rows.values() if trial.config == robust)
 
 
 # --------------------------------------------------------------------------------------------------------------- adding

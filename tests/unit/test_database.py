@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mla_jit import resources, settings, target
+from mla_jit import plan, resources, settings, target
 from mla_jit.cli import main
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, MlaJitError, StoreError
@@ -159,6 +159,33 @@ def test_a_file_of_rows_holds_what_its_database_holds(made: Callable[..., Path],
         tmp_path / "out" / "device_1" / "decode.jsonl": 1,
     }
     assert [shipped.check(path) for path in files] == [[], []]
+
+
+def test_what_is_exported_answers_calls_with_and_without_hints_alike(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    times = {1: (5.0, 40.0, 90.0), 4: (6.0, 11.0, 31.0), 8: (9.0, 10.0, 30.0), 2: (20.0, 41.0, 80.0)}
+    rows = [
+        trial(us, n, hinted=True, max_kv_len=kv, effort=sweep.LAST, created=made_at)
+        for n, over in times.items() for kv, us in zip((64, 256, 1024), over, strict=True)
+        for made_at, us in (("2026-01-01", us), ("2026-02-01", us + 0.01))
+    ]  # fmt: skip
+    source = made("a.db", *rows)
+
+    def answers() -> list[Config]:
+        lookup.forget()
+        asked = [dataclasses.replace(SMALL, max_kv_len=kv, hinted=True) for kv in (64, 256, 1024)]
+        asked.append(dataclasses.replace(SMALL, max_kv_len=1024, hinted=False))
+        return [plan.known(problem, CPU).config for problem in asked]
+
+    with settings.scope(tuning_db=source):
+        of_database = answers()
+    assert of_database == [config(1), config(8), config(8), config(4)]
+    (path,) = database.export(source, tmp_path / "out")
+    assert shipped.check(path) == []
+    assert len(trials(path)) == 3 + 3  # the best, and the robust one's; it is best nowhere
+    monkeypatch.setattr(shipped.resources, "path", lambda *parts: (tmp_path / "out").joinpath(*parts[1:]))
+    assert answers() == of_database
 
 
 def test_show_and_export_as_verbs(made: Callable[..., Path], user: Path, tmp_path: Path) -> None:
