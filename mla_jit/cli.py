@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_jit import __version__, cli_database, cli_report, cli_tuning
+from mla_jit import __version__, cli_bench, cli_database, cli_predict, cli_report, cli_tuning
 from mla_jit.cli_options import DONE, SHORT, positive, print_json, repeated, verb
-from mla_jit.errors import InvalidInput, MlaJitError
+from mla_jit.errors import InvalidInput
 
 if TYPE_CHECKING:
     from mla_jit import ahead, explain, quickstart
@@ -463,123 +463,6 @@ def _doctor(as_json: bool) -> int:
     return SHORT if any(check.status == "fault" for check in checks) else DONE
 
 
-# --------------------------------------------------------------------------------------------------------------- bench
-
-
-# The columns of each grid: a row's attribute, the title, the format.
-_PEERS = (
-    ("shape", "shape", "<28"), ("ours_us", "ours us", ">9.1f"), ("low_us", "low", ">8.1f"),
-    ("high_us", "high", ">8.1f"), ("best_us", "best peer", ">9.1f"), ("score", "score", ">6.2f"),
-    ("roof_us", "roof", ">7.1f"), ("error", "error", ">8.1e"), ("timed_us", "timed now", ""),
-)  # fmt: skip
-_GRIDS = {
-    "peers": _PEERS,
-    "q2": _PEERS,
-    "capture": (
-        ("shape", "shape", "<28"), ("capacity_us", "capacity us", ">11.1f"), ("hint_us", "exact hint us", ">13.1f"),
-        ("ratio", "ratio", ">6.3f"), ("low", "low", ">6.3f"), ("high", "high", ">6.3f"), ("error", "error", ">8.1e"),
-    ),
-    "host": (
-        ("case", "one sequence", "<34"), ("kernels", "kernels", ">7"), ("median_us", "median us", ">9.2f"),
-        ("low_us", "low", ">7.2f"), ("high_us", "high", ">7.2f"), ("min_us", "min", ">7.2f"),
-    ),
-    "first-call": (
-        ("cache", "cache", "<6"), ("call", "call", "<5"), ("heads", "heads", ">5"), ("median_ms", "median ms", ">9.1f"),
-        ("min_ms", "min", ">8.1f"), ("max_ms", "max", ">8.1f"), ("compile_s", "compile s", ">9.2f"),
-        ("variant", "variant", "<20"), ("origins", "kernels from", ""),
-    ),
-}  # fmt: skip
-
-
-@main.command("bench")
-@click.option("--grid", type=click.Choice(list(_GRIDS)), default="peers", show_default=True, help="What to time.")
-@repeated("--against", str, "A peer to time in the same run, if its package imports: flash_mla.")
-@click.option(
-    "--runs", type=click.IntRange(1), default=3, show_default=True,
-    help="Runs on fresh inputs (first-call: in fresh processes); the median counts.",
-)  # fmt: skip
-@click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
-@verb
-def _bench(grid: str, against: tuple[str, ...], runs: int, capacity_hint: bool, as_json: bool) -> int:
-    """Time `decode` on the GPU on the shapes where peers were measured, or what a call costs beside its kernels.
-
-    \b
-    peers       one query token, on every shape where peers were measured
-    q2          two query tokens
-    capture     graphs captured at the table's capacity, against the exact max_kv_len
-    host        host time of a warm eager call; without a GPU on the null runtime
-    first-call  a process's first calls, with an empty cache and with a filled one
-
-    peers, q2 and capture give microseconds a call in CUDA graphs, with the KV rotated past the L2, every result
-    checked first. In peers and q2, which alone take --against and --capacity-hint, score = best peer ÷ ours, of the
-    recorded figures and of those timed in this run. Exit code 1 without a GPU, but for host.
-    """
-    import torch
-
-    from mla_jit.tuning import bench
-
-    if unknown := set(against) - set(bench.PEERS):
-        raise InvalidInput(f"no peer {', '.join(sorted(unknown))}; there is {', '.join(bench.PEERS)}")
-    if (against or capacity_hint) and grid not in ("peers", "q2"):
-        raise InvalidInput(f"--against and --capacity-hint are for the grids peers and q2, not for {grid}")
-    device = "no GPU, null runtime"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    elif grid != "host":
-        raise MlaJitError(
-            f"the grid {grid} needs a GPU, and torch sees none; `bench --grid host` and `mla-tune quickstart` run here"
-        )
-    columns = _GRIDS[grid]
-    if not as_json:
-        click.echo(f"{device}, torch {torch.__version__}, {runs} runs, {grid} grid")
-        click.echo(_line((title, spec.partition(".")[0]) for _, title, spec in columns))
-    rows = []
-    for row in _bench_rows(grid, against, runs, capacity_hint):
-        rows.append(row)
-        if not as_json:
-            click.echo(_line((getattr(row, name), spec) for name, _, spec in columns))
-    summary = {}
-    if grid in ("peers", "q2"):
-        summary["geometric_mean"] = bench.geometric_mean([row.score for row in rows])
-    elif grid == "capture":
-        summary["worst_ratio"] = max(row.ratio for row in rows)
-    if as_json:
-        print_json({
-            "ok": True, "device": device, "torch": torch.__version__, "grid": grid, "runs": runs, **summary,
-            "rows": [bench.as_json(row) for row in rows],
-        })  # fmt: skip
-        return DONE
-    for name, value in summary.items():
-        what = {"geometric_mean": "geometric mean of best peer / ours", "worst_ratio": "worst ratio"}[name]
-        click.echo(f"{what} over {len(rows)} shapes: {value:.3f}")
-    return DONE
-
-
-def _bench_rows(grid: str, against: tuple[str, ...], runs: int, hinted: bool) -> Iterable[Any]:
-    from mla_jit import api
-    from mla_jit.tuning import bench, overhead
-
-    if grid == "host":
-        return overhead.host_rows(runs=runs)
-    if grid == "first-call":
-        return overhead.first_rows(runs=runs)
-    if grid == "capture":
-        return bench.capture_rows(api.decode, runs=runs)
-    return bench.peers_rows(api.decode, against, q_len=2 if grid == "q2" else 1, runs=runs, hinted=hinted)
-
-
-def _line(cells: Iterable[tuple[Any, str]]) -> str:
-    """Values in their formats, side by side."""
-    texts = []
-    for value, spec in cells:
-        if isinstance(value, dict):
-            value = " ".join(f"{name} {number:.1f}" for name, number in value.items())
-        elif isinstance(value, tuple):
-            value = ", ".join(value)
-        texts.append(format(value, spec))
-    return "  ".join(texts).rstrip()
-
-
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -675,7 +558,7 @@ def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
-for _command in (*cli_tuning.VERBS, *cli_database.VERBS, cli_report.report):
+for _command in (*cli_tuning.VERBS, *cli_database.VERBS, cli_report.report, cli_predict.predict, cli_bench.bench):
     main.add_command(_command)
 
 if __name__ == "__main__":

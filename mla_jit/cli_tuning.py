@@ -1,148 +1,600 @@
-"""The verbs of `mla-tune` that tune: plan, run. Each is a library function's.
+"""The verbs of `mla-tune` that tune: plan, run. Each is a library function's; here are options, progress and Ctrl-C.
 
-Exit codes: 0 done, 1 something fell short, 2 wrong usage.
+Exit codes: 0 done, 1 something fell short, 2 wrong usage, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import re
+import shlex
+import signal
+import statistics
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mla_jit.cli_options import DONE, SHORT, positive, print_json, repeated, verb
+from mla_jit.errors import InvalidInput, MlaJitError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mla_jit.config import Config
+    from mla_jit.models import Model
     from mla_jit.problem import DecodeProblem
     from mla_jit.target import Target
-    from mla_jit.tuning import sweep
+    from mla_jit.tuning import schedule, sweep
+    from mla_jit.tuning.rows import Measurement, Trial
 
-# What says which shapes; `plan` and `run` take the same.
-_SHAPES = (
-    repeated("--model", str, "A row of configs/models.yaml.", required=True),
-    repeated("--tp", positive, "Tensor-parallel ranks that share the heads.", default=("1",), show_default="1"),
-    repeated("--dtype", str, "bf16, fp16, fp8, fp8xfp8, or QxCACHE; the model's if absent."),
-    repeated("--batch", positive, "Sequences a call.", default=("1,4,16,64,128",), show_default="1,4,16,64,128"),
+HURRIED = 130  # as a shell has it for a process that Ctrl-C ended
+
+_AXES = (
     repeated(
-        "--kv-len", positive, "Tokens a sequence.", default=("1024,4096,16384,65536",),
-        show_default="1024,4096,16384,65536",
+        "--tp", positive, "Share the heads among so many tensor-parallel ranks.", default=("1",), show_default=True
     ),
-    repeated("--q-len", positive, "Query tokens a sequence.", default=("1",), show_default="1"),
-    click.option("--page-size", type=click.IntRange(1), default=64, show_default=True, help="Tokens a page."),
+    repeated(
+        "--dtype", str, "Take these dtypes: bf16, fp16, fp8 (a cache of fp8, q bf16), fp8xfp8, or QxCACHE.",
+        show_default="the model's",
+    ),
+    repeated("--batch", positive, "Take so many sequences a call.", default=("1,4,16,64,128",), show_default=True),
+    repeated(
+        "--kv-len", positive, "Take so many tokens a sequence; what exceeds a model's context is left out.",
+        default=("1024,4096,16384,65536",), show_default=True,
+    ),
+    repeated("--q-len", positive, "Take so many query tokens a sequence.", default=("1",), show_default=True),
+    repeated(
+        "--lengths", str, "Let the lengths of a batch be even, all as long as the bound, or ragged, log-uniform up to "
+        "it.", default=("even",), show_default=True,
+    ),
+    click.option(
+        "--page-size", type=click.IntRange(1), default=64, show_default=True, help="Take pages of so many tokens."
+    ),
 )  # fmt: skip
+_NAMES = ("model", "tp", "dtype", "batch", "kv_len", "q_len", "lengths", "page_size")
 
 
-def _shapes(command: Any) -> Any:
-    for option in reversed(_SHAPES):
+def _shapes(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+    """Adds the options that say which shapes."""
+    text = "Take the shapes of these models, rows of configs/models.yaml."
+    for option in reversed((repeated("--model", str, text, required=required), *_AXES)):
         command = option(command)
     return command
 
 
-def _problems(target: Target, options: dict[str, Any], memory_bytes: int | None) -> list[DecodeProblem]:
+def _shapes_or_plan(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Take the shapes of a file that `mla-tune plan --out` has written, instead of models."
+    return click.option("--plan", "file", type=click.Path(path_type=Path), help=text)(_shapes(command, required=False))
+
+
+def _models(options: dict[str, Any]) -> list[tuple[Model, int]]:
     from mla_jit import models
+
+    return [(models.by_name(name), tp) for name in options["model"] for tp in options["tp"]]
+
+
+def _axes(options: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "dtypes": options["dtype"] or None, "batches": options["batch"], "kv_lens": options["kv_len"],
+        "q_lens": options["q_len"], "page_size": options["page_size"], "lengths": options["lengths"],
+    }  # fmt: skip
+
+
+def _problems(target: Target, options: dict[str, Any], memory_bytes: int | None) -> list[DecodeProblem]:
     from mla_jit.tuning import sweep
 
-    wanted = [(models.by_name(name), tp) for name in options["model"] for tp in options["tp"]]
-    return sweep.shapes(
-        wanted, target, dtypes=options["dtype"] or None, batches=options["batch"], kv_lens=options["kv_len"],
-        q_lens=options["q_len"], page_size=options["page_size"], memory_bytes=memory_bytes,
-    )  # fmt: skip
+    return sweep.shapes(_models(options), target, memory_bytes=memory_bytes, **_axes(options))
+
+
+def _search(default: str | None, shown: str) -> Callable[..., Any]:
+    text = "Measure the configs that promise most (auto), or all of them (exhaustive)."
+    choice = click.Choice(["auto", "exhaustive"])
+    return click.option("--search", "how", type=choice, default=default, show_default=shown or True, help=text)
+
+
+def _jobs(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Compile so many kernels at a time."
+    return click.option("--jobs", type=click.IntRange(1), show_default="one a usable CPU", help=text)(command)
+
+
+# ----------------------------------------------------------------------------------------------------------------- plan
 
 
 @click.command("plan")
-@click.option("--target", help="A row of configs/targets.yaml; this machine's if absent. Needs no GPU.")
+@click.option("--target", show_default="this machine's", help="Plan for this row of configs/targets.yaml.")
 @_shapes
+@_search("auto", "")
+@_jobs
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the plan to this file, for `mla-tune run --plan`.",
+)
 @verb
-def plan(target: str | None, as_json: bool, **options: Any) -> int:
-    """Show what `run` would tune, without doing it: the shapes, each once, and how many configs each has.
+def plan(target: str | None, how: str, jobs: int | None, out: Path | None, as_json: bool, **options: Any) -> int:
+    """Show what `run` would tune, without doing it: the shapes, each once, who shares them, and how long they take.
 
-    Models with the same local heads and dims share their shapes.
+    Models with the same local heads and dims share their shapes. Needs no GPU: plan anywhere, write the plan with
+    --out, and tune by it on a machine that has the device.
+
+    \b
+    mla-tune plan --model deepseek-v3,kimi-k2 --tp 8 --target TARGET --out FILE
+    mla-tune run --plan FILE
     """
     from mla_jit import target as targets
-    from mla_jit.tuning import sweep
+    from mla_jit.tuning import schedule
 
     there = targets.by_name(target) if target is not None else targets.here()
-    found = [(problem, len(sweep.candidates(problem, there))) for problem in _problems(there, options, None)]
-    ok = bool(found) and all(count for _, count in found)
+    memory_bytes = _memory_bytes(there) if target is None else None
+    with _counting() as on_count:
+        found = schedule.make(
+            _models(options), there, options={**options, "search": how}, memory_bytes=memory_bytes, jobs=jobs,
+            on_count=on_count, **_axes(options),
+        )  # fmt: skip
+    if out is not None:
+        schedule.write(found, out)
+    ok = bool(found.shapes) and not any(left.unserved for left in found.left_out)
     if as_json:
-        rows = [{"problem": problem.fields(), "candidates": count} for problem, count in found]
-        print_json({"ok": ok, "target": there.name, "device": there.device, "shapes": rows})
-        return DONE if ok else SHORT
-    click.echo(f"{len(found)} shapes for {there.name} ({there.device})")
-    for problem, count in found:
-        click.echo(f"  {count:5} configs  {problem}")
+        print_json({"ok": ok, **found.to_json()})
+    else:
+        _show_schedule(found, how)
+        if out is not None:
+            click.echo(f"written to {out}; go on where the device is: mla-tune run --plan {shlex.quote(str(out))}")
     return DONE if ok else SHORT
 
 
+def _show_schedule(found: schedule.Schedule, how: str) -> None:
+    from mla_jit.tuning import schedule
+
+    click.echo(f"{_number(len(found.shapes), 'shape')} for {found.target} ({found.device})")
+    for (like, makers), shapes in schedule.families(found.shapes).items():
+        dims = f"{like.num_heads} heads × {like.kv_lora_rank}+{like.rope_dim}"
+        click.echo(f"\n{dims}, {like.q_dtype}×{like.kv_dtype}, page {like.page_size}: {', '.join(makers)}")
+        click.echo("   batch  kv_len  q_len  lengths  configs  kernels  auto measures     auto  exhaustive")
+        for shape in shapes:
+            p = shape.problem
+            lengths = "even" if p.total_kv is None else "ragged"
+            times = f"{_span(shape.auto_s):>7}  {_span(shape.exhaustive_s):>10}"
+            click.echo(
+                f"  {p.batch:6}  {p.max_kv_len:6}  {p.q_len:5}  {lengths:7}  {shape.candidates:7}  {shape.kernels:7}  "
+                f"{shape.measured:13}  {times}"
+            )
+    _show_left_out(found.left_out)
+    if found.shapes:
+        totals = {name: found.seconds(name) for name in ("auto", "exhaustive")}
+        if None in totals.values():
+            click.echo("\nno estimate of the time: its constants are a GPU's")
+            return
+        click.echo(
+            f"\nin all about {_span(totals.pop(how))} by {how}, "
+            + "".join(f"{_span(s)} by {n}" for n, s in totals.items())
+        )
+        click.echo(
+            f"estimated for one GPU and {_number(found.jobs, 'kernel')} compiled at a time, from "
+            f"{schedule.MEASURED_ON}: {schedule.MEASURED_S:g} s a measured config, "
+            f"{schedule.PLAYOFF_S:g} s a shape for its playoff, {schedule.COMPILED_S:g} s of a CPU a kernel"
+        )
+
+
+def _show_left_out(left_out: Sequence[schedule.LeftOut], err: bool = False) -> None:
+    from mla_jit.tuning import schedule
+
+    for left in left_out:
+        click.echo(f"left out: {schedule.label(left.problem)}: {left.reason}", err=err)
+
+
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _span(seconds: float | None) -> str:
+    """ "45 s", "6 min", "1 h 20 min"."""
+    if seconds is None:
+        return "-"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
+
+
+def _seconds(context: Any, parameter: Any, text: str) -> float:
+    """ "90s", "30m", "1h30m", or seconds."""
+    number = r"\d+(?:\.\d+)?|\.\d+"
+    found = re.fullmatch(rf"(?:({number})h)?(?:({number})m)?(?:({number})s?)?", text.strip())
+    if found is None or not any(found.groups()):
+        raise click.BadParameter(f"{text!r} is no time; write 90s, 30m or 1h30m")
+    return sum(float(part or 0) * unit for part, unit in zip(found.groups(), (3600, 60, 1), strict=True))
+
+
+def _index(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise ValueError(f"{number} is no index of a GPU; the first is 0")
+    return number
+
+
 @click.command("run")
-@_shapes
-@click.option("--budget", default="10m", show_default=True, help="Wall-clock limit of the sweep: 90s, 30m, 2h.")
-@click.option("--search", "how", type=click.Choice(["auto", "exhaustive"]), default="auto", show_default=True)
-@click.option("--gpus", default="0", show_default=True, help="Indices of the GPUs that share the shapes: 0,1.")
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Skip what the database has finished.")
-@click.option("--timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds a candidate.")
-@click.option("--db", type=click.Path(path_type=Path), help="The database; the user's (MLA_JIT_TUNING_DB) if absent.")
+@_shapes_or_plan
+@_search(None, "auto, or the plan's")
+@click.option(
+    "--budget", "budget_s", callback=_seconds, default="10m", show_default=True,
+    metavar="TIME", help="End the sweep after this time: 90s, 30m or 1h30m.",
+)  # fmt: skip
+@_jobs
+@repeated("--gpus", _index, "Share the shapes among the GPUs of these indices.", default=("0",), show_default=True)
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Repeat nothing that the database has, or all."
+)
+@click.option(
+    "--timeout", type=click.FloatRange(1), default=60.0, show_default=True,
+    help="Kill a candidate after so many seconds.",
+)  # fmt: skip
+@click.option(
+    "--db", type=click.Path(path_type=Path), show_default="the user's: MLA_JIT_TUNING_DB",
+    help="Store the trials in this database; it is made if absent.",
+)  # fmt: skip
+@click.option("--quiet", is_flag=True, help="Show no progress on stderr.")
 @verb
-def run(budget: str, how: str, gpus: str, resume: bool, timeout: float, db: Path | None, as_json: bool,
-        **options: Any) -> int:  # fmt: skip
+def run(file: Path | None, how: str | None, budget_s: float, jobs: int | None, gpus: tuple[int, ...], resume: bool,
+        timeout: float, db: Path | None, quiet: bool, as_json: bool, **options: Any) -> int:  # fmt: skip
     """Tune shapes on this machine's GPU (or its CPU), and store every trial. Later calls use the best by themselves.
 
-    Ctrl-C keeps what was measured; the same command goes on from there.
+    The shapes are those of the models, or of a plan. Every candidate is checked against the reference before its time
+    counts. Ctrl-C keeps what was measured, and the same command goes on from there; a second one does not wait for the
+    running measurements.
+
+    \b
+    mla-tune run --model deepseek-v3 --tp 8 --batch 1,16,64 --kv-len 1024,4096 --budget 10m
+    mla-tune run --plan FILE --gpus 0,1 --budget 1h30m
     """
     from mla_jit import target as targets
-    from mla_jit.tuning import pool, store, sweep
+    from mla_jit.tuning import schedule, store
 
+    _check_source(file, options)
+    if not gpus:
+        raise InvalidInput("--gpus is empty; name at least one, the first is 0")
     there = targets.here()
-    on_gpu = there.runtime not in ("cpu", "host")
-    devices = [f"cuda:{index.strip()}" for index in gpus.split(",")] if on_gpu else ["cpu"]
-    problems = _problems(there, options, _memory_bytes(there))
-    path = db if db is not None else store.user_path()
-    rows: list[sweep.Finished] = []
-    interrupted = False
-    workers = pool.Pool(devices, quarantine=path.with_suffix(".quarantine"))
-    with store.Store(path) as database, workers, _bar(len(problems), as_json) as advance:
-        try:
-            for done in sweep.run(
-                problems, there, devices, workers, database, budget_s=_seconds(budget), how=how, resume=resume,
-                timeout_s=timeout, command=" ".join(["mla-tune", *sys.argv[1:]]),
-            ):  # fmt: skip
-                rows.append(done)
-                advance(_finished(done))
-        except KeyboardInterrupt:
-            interrupted = True
-    outcomes = [row.outcome for row in rows if row.outcome is not None]
-    short = interrupted or len(rows) < len(problems)
-    short = short or any(found.stopped != "done" or found.median_us is None for found in outcomes)
-    if as_json:
-        print_json({"ok": not short, "database": path, "shapes": [_finished_json(row) for row in rows]})
+    wanted: list[DecodeProblem]
+    if file is not None:
+        planned = schedule.read(file)
+        planned.check(there, file)
+        wanted, how = planned.problems, how or planned.options.get("search")
     else:
-        tuned = sum(row.outcome is not None for row in rows)
-        click.echo(
-            f"{tuned} shapes tuned, {len(rows) - tuned} finished before, {len(problems) - len(rows)} not reached"
-        )
-        click.echo(f"database {path}")
-    return SHORT if short else DONE
+        wanted = _problems(there, options, None)
+    problems, left_out = schedule.fitting(wanted, there, _memory_bytes(there))
+    if not as_json:
+        _show_left_out(left_out, err=True)
+    if not problems:
+        raise MlaJitError(f"there is no shape to tune: {_number(len(left_out), 'shape')} left out")
+    path = db if db is not None else store.user_path()
+    on_gpu = there.runtime not in ("cpu", "host")
+    devices = [f"cuda:{index}" for index in gpus] if on_gpu else ["cpu"]
+    swept = _sweep(
+        problems, there, devices, path, budget_s, jobs, quiet, as_json, how=how or "auto", resume=resume,
+        timeout_s=timeout,
+    )  # fmt: skip
+    short = not swept.complete or any(left.unserved for left in left_out)
+    if as_json:
+        left = [{"problem": left.problem.fields(), "reason": left.reason} for left in left_out]
+        print_json({
+            "ok": not short, "target": there.name, "device": there.device, "search": how or "auto", "database": path,
+            "interrupted": swept.interrupts > 0, "seconds": swept.seconds, "not_reached": swept.not_reached,
+            "left_out": left, "shapes": [_finished_json(row, swept.known) for row in swept.rows],
+        })  # fmt: skip
+    else:
+        _show_swept(swept, path)
+    return HURRIED if swept.interrupts > 1 else SHORT if short else DONE
+
+
+def _check_source(file: Path | None, options: dict[str, Any]) -> None:
+    """InvalidInput unless the shapes come from a plan or from models, and from one of these."""
+    if (file is None) == (not options["model"]):
+        raise InvalidInput("say which shapes, by one of --plan FILE and --model NAME")
+    source = click.get_current_context().get_parameter_source
+    given = [name for name in _NAMES if source(name) == click.core.ParameterSource.COMMANDLINE]
+    if file is not None and given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InvalidInput(f"--plan has the shapes already; leave out {flags}, or make another plan")
 
 
 def _memory_bytes(there: Target) -> int | None:
-    """A third of the device's memory: a shape's cache must leave room for the inputs' rotation."""
+    """A third of the device's memory: a shape's cache must leave room for the inputs' rotation. None: not known."""
     from mla_jit import target as targets
 
-    total = targets.memory_bytes() if there.runtime not in ("cpu", "host") else None
-    return 1 << 31 if total is None else total // 3
+    if there.runtime in ("cpu", "host"):
+        return 1 << 31
+    total = targets.memory_bytes()
+    return None if total is None else total // 3
 
 
-def _seconds(text: str) -> float:
-    """ "90s", "30m", "2h", or seconds."""
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
-    try:
-        return float(number) * unit
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is no time; write 90s, 30m or 2h", param_hint="--budget") from None
+@dataclass
+class _Swept:
+    """How far a sweep came. `interrupts`: times that Ctrl-C was pressed. `known`: best rows of shapes done before."""
+
+    shapes: int
+    rows: list[sweep.Finished] = field(default_factory=list)
+    known: dict[DecodeProblem, Trial] = field(default_factory=dict)
+    interrupts: int = 0
+    seconds: float = 0.0
+
+    @property
+    def not_reached(self) -> int:
+        return self.shapes - len(self.rows)
+
+    @property
+    def tuned(self) -> list[sweep.Finished]:
+        return [row for row in self.rows if row.outcome and row.outcome.stopped == "done" and row.outcome.median_us]
+
+    @property
+    def early(self) -> list[sweep.Finished]:
+        return [row for row in self.rows if row.outcome is not None and row.outcome.stopped != "done"]
+
+    @property
+    def complete(self) -> bool:
+        before = sum(row.outcome is None for row in self.rows)
+        return not self.interrupts and len(self.tuned) + before == self.shapes
+
+
+def _sweep(
+    problems: Sequence[DecodeProblem], there: Target, devices: Sequence[str], path: Path, budget_s: float,
+    jobs: int | None, quiet: bool, as_json: bool, **options: Any,
+) -> _Swept:  # fmt: skip
+    from mla_jit.tuning import builds, pool, store, sweep
+
+    found, started = _Swept(len(problems)), time.monotonic()
+    watch = _Watch(len(problems), devices, there, budget_s)
+    with (
+        store.Store(path) as database,
+        pool.Pool(devices, quarantine=path.with_suffix(".quarantine")) as workers,
+        builds.Builds(there, jobs) as compiling,
+        _shown(watch, quiet, as_json) as say,
+    ):
+        interrupts = _Interrupts(say, compiling.close, workers.close)
+
+        def on_event(name: str, data: dict[str, Any]) -> None:
+            if name == "start":
+                _check_kind(data["device"], there)
+            watch.on_event(name, data)
+
+        running = sweep.run(
+            problems, there, devices, workers, database, budget_s=budget_s, builds=compiling, on_event=on_event,
+            stop=interrupts.stop, command=_command(), **options,
+        )  # fmt: skip
+        try:
+            with interrupts, contextlib.closing(running):  # type: ignore[type-var]
+                for done in running:
+                    found.rows.append(done)
+                    watch.finished(done)
+                    say(_finished(done))
+        except (KeyboardInterrupt, MlaJitError):
+            if not interrupts.count:
+                raise
+        if any(row.outcome is None for row in found.rows):
+            place = {"target": there.name, "device": there.device}
+            found.known = {trial.problem: trial for trial in database.best(**place)}
+    found.interrupts, found.seconds = interrupts.count, time.monotonic() - started
+    return found
+
+
+def _check_kind(device: str, there: Target) -> None:
+    """InvalidInput for another GPU than the first one, for which the sweep's rows will be."""
+    from mla_jit import target as targets
+
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index) > 0:
+        other = targets.of_device(kind, int(index))
+        if (other.name, other.device) != (there.name, there.device):
+            raise InvalidInput(
+                f"GPU {index} is {other.device}, the first one {there.device}: rows are for one kind; tune each by "
+                "itself, with CUDA_VISIBLE_DEVICES"
+            )
+
+
+class _Interrupts:
+    """Ctrl-C during a sweep. The first ends it after the running measurements; the second at once.
+
+    A context manager. `soften` and `hurry` make that come soon; they are called in threads of their own.
+    """
+
+    def __init__(self, say: Callable[[str], None], soften: Callable[[], None], hurry: Callable[[], None]):
+        self.stop, self.count = threading.Event(), 0
+        self._say, self._soften, self._hurry = say, soften, hurry
+        self._before: Any = None
+
+    def __enter__(self) -> _Interrupts:  # noqa: PYI034  # Self is of a later Python than 3.10
+        here = threading.current_thread() is threading.main_thread()
+        if here and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *_: object) -> None:
+        self.count += 1
+        self.stop.set()
+        # Not here: the interrupted code may hold what these need.
+        threading.Thread(target=self._end, args=(self.count > 1,), daemon=True).start()
+        if self.count > 1:
+            raise KeyboardInterrupt
+
+    def _end(self, at_once: bool) -> None:
+        if at_once:
+            self._hurry()
+        else:
+            self._say("stopping after the running measurements, which are kept; Ctrl-C again does not wait for them")
+            self._soften()
+
+
+def _command(*without: str) -> str:
+    return shlex.join(["mla-tune", *(word for word in sys.argv[1:] if word not in without)])
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+@dataclass
+class _Work:
+    """The shape in work on a device. `planned` is None while the best of other lengths are timed at it."""
+
+    problem: DecodeProblem
+    planned: int | None
+    default: Config | None
+    started: float
+    measured: int = 0
+    faults: int = 0
+    over: bool = False
+    times_us: dict[Config, float] = field(default_factory=dict)  # the longest measurement of each
+
+    def add(self, config: Config, found: Measurement) -> None:
+        self.measured += 1
+        if found.median_us is not None:
+            self.times_us[config] = found.median_us
+        else:
+            self.faults += 1
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, from 0 to 1."""
+        return 1.0 if self.over or not self.planned else min(1.0, self.measured / self.planned)
+
+    @property
+    def progress(self) -> str:
+        return str(self.measured) if self.planned is None else f"{self.measured}/{self.planned}"
+
+    def __str__(self) -> str:
+        from mla_jit.tuning import schedule
+
+        parts = []
+        if self.times_us:
+            parts.append(f"best {min(self.times_us.values()):.1f} us")
+        if self.default is not None and (default_us := self.times_us.get(self.default)) is not None:
+            parts.append(f"default {default_us:.1f}")
+        parts += [f"{self.faults} faulty"] if self.faults else []
+        what = "" if self.planned is not None else ", the best of other lengths"
+        return f"{schedule.label(self.problem)}{what}  {', '.join(parts)}".rstrip()
+
+
+class _Watch:
+    """What a sweep is doing, from its events; drawn by rich as a bar over the shapes and one a device. Thread-safe."""
+
+    def __init__(self, shapes: int, devices: Sequence[str], target: Target, budget_s: float,
+                 clock: Callable[[], float] = time.monotonic):  # fmt: skip
+        self.shapes, self.target, self.clock = shapes, target, clock
+        self.started = clock()
+        self.deadline = self.started + budget_s
+        self.works: dict[str, _Work | None] = dict.fromkeys(devices)
+        self.done = 0
+        self.took_s: list[float] = []  # shapes that were not finished before
+        self._lock = threading.Lock()
+
+    def on_event(self, name: str, data: dict[str, Any]) -> None:
+        from mla_jit.tuning import search
+
+        device, problem = data["device"], data["problem"]
+        with self._lock:
+            work = self.works.get(device)
+            if name == "start":
+                self.works[device] = _Work(problem, data["planned"], self._default(problem), self.clock())
+            elif name == "trial" and (work is None or work.problem != problem or work.over):
+                if work is None or work.planned is not None or work.problem != problem:
+                    work = self.works[device] = _Work(problem, None, self._default(problem), self.clock())
+                work.add(data["config"], data["measurement"])
+            elif work is not None and (name == "pass" or (name == "trial" and data["effort"] != search.PLAYOFF)):
+                work.add(data["config"], data["measurement"])
+            elif work is not None and name == "done":
+                work.over = True
+
+    def _default(self, problem: DecodeProblem) -> Config:
+        from mla_jit import plan
+
+        return plan.analytic(problem, self.target).config
+
+    def finished(self, done: sweep.Finished) -> None:
+        with self._lock:
+            self.done += 1
+            if done.outcome is not None:
+                self.took_s.append(done.seconds)
+
+    def left_s(self) -> float | None:
+        """How long it may still take: as long a shape as those before, and no longer than the budget. None: no idea."""
+        with self._lock:
+            now = self.clock()
+            open_ = [work for work in self.works.values() if work is not None and not work.over]
+            shares = sum(work.share for work in open_)
+            if self.took_s:
+                a_shape_s = statistics.fmean(self.took_s)
+            elif shares > 0.05:
+                a_shape_s = sum(now - work.started for work in open_) / shares
+            else:
+                return None
+            left_s = a_shape_s * max(0.0, self.shapes - self.done - shares) / len(self.works)
+            return max(0.0, min(left_s, self.deadline - now))
+
+    def __rich__(self) -> Table:
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+
+        left_s = self.left_s()
+        left = "" if not left_s else f", about {_clock(left_s)} left"
+        table = Table.grid(padding=(0, 2))
+        for justify in ("left", "left", "right", "left"):
+            table.add_column(justify=justify, no_wrap=True)
+        with self._lock:
+            bar = ProgressBar(total=self.shapes, completed=self.done, width=20)
+            elapsed = _clock(self.clock() - self.started)
+            table.add_row("shapes", bar, f"{self.done}/{self.shapes}", f"{elapsed}{left}")
+            for device, work in self.works.items():
+                if work is not None:
+                    bar = ProgressBar(total=1.0, completed=work.share, width=20)
+                    table.add_row(device, bar, work.progress, str(work))
+        return table
+
+
+def _clock(seconds: float) -> str:
+    """ "0:04:10"."""
+    whole = math.ceil(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+@contextlib.contextmanager
+def _shown(watch: _Watch, quiet: bool, as_json: bool) -> Iterator[Callable[[str], None]]:
+    """Draws it on stderr while in the block, if that is a terminal. Gives how to print a line there."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        if console.is_terminal and not quiet:
+            stack.enter_context(Live(watch, console=console, transient=True))
+        yield lambda text: None if quiet or (as_json and not console.is_terminal) else _print(console, text)
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr over shapes that are counted, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("counting configs", total=None)
+        yield lambda counted, of: progress.update(task, completed=counted, total=of)
 
 
 @contextlib.contextmanager
@@ -174,30 +626,60 @@ def _bar(total: int, quiet: bool) -> Iterator[Any]:
         yield advance
 
 
+# -------------------------------------------------------------------------------------------------------------- results
+
+
 def _finished(done: sweep.Finished) -> str:
+    total = "" if done.problem.total_kv is None else f", {done.problem.total_kv} tokens in all"
+    what = f"{done.problem}{total}"
     if done.outcome is None:
-        return f"{done.problem}: finished before"
+        return f"{what}: finished before"
     found = done.outcome
     if found.median_us is None:
         first = f"; {found.faults[0][1]}: {found.faults[0][2]}" if found.faults else ""
-        return f"{done.problem}: nothing measured ({found.stopped}); {found.why}{first}"
+        return f"{what}: nothing measured ({found.stopped}); {found.why}{first}"
     gain = f", default {found.default_us:.1f}" if found.default_us is not None else ""
+    early = "" if found.stopped == "done" else f" ({found.stopped}: best so far)"
     return (
-        f"{done.problem}: {found.median_us:.1f} us{gain}; {found.explored} configs in {done.seconds:.1f} s, "
+        f"{what}: {found.median_us:.1f} us{gain}{early}; {found.explored} configs in {done.seconds:.1f} s, "
         f"{len(found.faults)} faulty; {found.winner}"
     )
 
 
-def _finished_json(done: sweep.Finished) -> dict[str, Any]:
+def _finished_json(done: sweep.Finished, known: dict[DecodeProblem, Trial]) -> dict[str, Any]:
     row: dict[str, Any] = {"problem": done.problem.fields(), "device": done.device, "seconds": done.seconds}
     if (found := done.outcome) is None:
-        return {**row, "finished_before": True}
+        best = known.get(done.problem)
+        return {
+            **row, "finished_before": True, "winner": best and dict(best.config), "variant": best and best.variant,
+            "median_us": best and best.median_us, "spread_us": best and best.spread_us,
+            "default_us": best and best.default_us, "why": "the best of the database", "faults": [],
+        }  # fmt: skip
+    second = found.runner_up
     return {
         **row, "finished_before": False, "winner": dict(found.winner), "variant": found.winner.variant,
-        "median_us": found.median_us,
-        "default_us": found.default_us, "explored": found.explored, "stopped": found.stopped, "why": found.why,
+        "median_us": found.median_us, "spread_us": found.spread_us, "default_us": found.default_us,
+        "runner_up": second and {"variant": second[0].variant, "config": dict(second[0]), "median_us": second[1]},
+        "explored": found.explored, "skipped": found.skipped, "stopped": found.stopped, "why": found.why,
         "faults": [{"config": str(config), "status": status, "note": note} for config, status, note in found.faults],
     }  # fmt: skip
+
+
+def _show_swept(swept: _Swept, path: Path) -> None:
+    before = sum(row.outcome is None for row in swept.rows)
+    nothing = len(swept.rows) - len(swept.tuned) - len(swept.early) - before
+    parts = [f"{_number(len(swept.tuned), 'shape')} tuned in {_span(swept.seconds)}", f"{before} finished before"]
+    counts = ((len(swept.early), "stopped early"), (nothing, "without a config that runs"))
+    parts += [f"{count} {what}" for count, what in (*counts, (swept.not_reached, "not reached")) if count]
+    click.echo(", ".join(parts))
+    outcomes = [row.outcome for row in swept.tuned if row.outcome is not None]
+    gains = [math.log(o.default_us / o.median_us) for o in outcomes if o.default_us and o.median_us]
+    if gains:
+        click.echo(f"{math.exp(statistics.fmean(gains)):.3f} times as fast as the defaults (geometric mean)")
+    click.echo(f"database {path}")
+    if swept.interrupts or swept.early or swept.not_reached:
+        cause = "interrupted" if swept.interrupts else "the budget is spent"
+        click.echo(f"{cause}; what was measured is kept. To go on: {_command('--no-resume')}")
 
 
 VERBS = (plan, run)

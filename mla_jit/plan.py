@@ -5,6 +5,7 @@ A choice is frozen at its first resolve in a process. `supports` and `Dispatch` 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -20,7 +21,7 @@ from mla_jit.config import Config
 from mla_jit.errors import CacheMiss, CompileError, InvalidInput, NoVariant
 from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import Problem
+from mla_jit.problem import DecodeProblem, Problem
 from mla_jit.target import Target
 from mla_jit.tuning import lookup
 from mla_jit.tuning.rows import PROBLEMS, Trial
@@ -119,15 +120,42 @@ def known(problem: Problem, target: Target) -> Choice:
         for name, reason in {**default.rejected, default.variant.name: "another row of the tuning database"}.items()
         if name != found.config.variant
     }
-    return Choice(rows[found.config.variant], found.config, found.provenance, rejected, found.why, found.trial)
+    variant = rows[found.config.variant]
+    config, why = _resized(found, problem, target, variant)
+    return Choice(variant, config, found.provenance, rejected, why, found.trial)
+
+
+def _resized(found: lookup.Found, problem: Problem, target: Target, variant: Variant) -> tuple[Config, str]:
+    """A neighbour's config made to fit the sizes asked for, and why it is what it is."""
+    measured, asked = found.trial.problem, problem
+    if found.provenance in MEASURED or not isinstance(problem, DecodeProblem):
+        return found.config, found.why
+    if not problem.hinted:  # its length is but a capacity
+        asked = dataclasses.replace(problem, max_kv_len=measured.max_kv_len, total_kv=measured.total_kv)
+    sizes = ("batch", "num_heads", "q_len", "max_kv_len", "total_kv")
+    if all(getattr(measured, size) == getattr(asked, size) for size in sizes):
+        return found.config, found.why
+    config = variant.resize(measured, asked, target, found.config)
+    if config == found.config or variant.rejects(problem, target, config) is not None:
+        return found.config, found.why
+    changes = ", ".join(f"{k} {found.config[k]} -> {v}" for k, v in config.items() if v != found.config[k])
+    return config, f"{found.why}; {changes} for these sizes"
 
 
 def choices(problem: Problem, target: Target) -> list[Choice]:
     """All that `choose` may give for this kind of problem in any batch and length: the default, and tuned configs."""
     rows, legal = _rows(problem, target)
     tuned = lookup.configs(problem, target, legal, _revisions(rows), _toolchain())
-    found = [Choice(rows[config.variant], config, "tuned", {}) for config in tuned if legal(config) is None]
+    found = [
+        Choice(rows[config.variant], cut, "tuned", {})
+        for config in tuned for cut in _cuts(config) if legal(cut) is None
+    ]  # fmt: skip
     return [analytic(problem, target), *found]
+
+
+def _cuts(config: Config) -> list[Config]:
+    """The config without and with several splits, as a neighbour's may be either: they differ in the kernels needed."""
+    return [config.replace(num_kv_splits=n) for n in (1, 2)] if "num_kv_splits" in config else [config]
 
 
 def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callable[[Config], str | None]]:

@@ -46,6 +46,7 @@ class Settings:
     target: a row of configs/targets.yaml to use instead of the detected one.
     failpoint: for tests, "name=action" (see compile/cache.py).
     tuning_db: the user's tuning database; None means `tuning.db` in the user's cache directory.
+    shipped_db: whether the tuning rows shipped with the package are looked at; after `mla_jit.reload()` if changed.
     """
 
     cache_dir: Path | None = None
@@ -57,6 +58,7 @@ class Settings:
     target: str | None = None
     failpoint: str | None = None
     tuning_db: Path | None = None
+    shipped_db: bool = True
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -87,7 +89,7 @@ def _parse(variable: str, name: str, text: str) -> object:
             return tuple(Path(p).expanduser() for p in text.split(os.pathsep) if p)
         if name.endswith("_s"):
             return float(text)
-        if name == "safe_compile":
+        if name in ("safe_compile", "shipped_db"):
             return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
     except (ValueError, KeyError):
         raise SettingsError(f"{variable}={text!r} cannot be understood; unset it or correct it") from None

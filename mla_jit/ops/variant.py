@@ -46,6 +46,8 @@ class Variant:
     offsets: Callable[[Any, Target, Config], dict[str, int]] = (
         lambda problem, target, config: {}
     )  # where workspace buffers start, bytes
+    # (measured problem, asked problem, target, config): a config for the one, made to fit the sizes of the other
+    resize: Callable[[Any, Any, Target, Config], Config] = lambda measured, asked, target, config: config
     revision: int = 1  # raised whenever a change of the template makes older measurements stale
     space: dict[str, tuple[int | str | bool, ...]] = field(default_factory=dict, compare=False, hash=False)
     host: Callable[[Any, Config, Any], None] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from mla_jit.compile.artifact import Artifact
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.ops.decode import gluon
@@ -29,15 +30,22 @@ _COMBINE = 0.7  # of one round of a program of the combine
 _PARTIALS = 1.2  # of 2^20 partials, with the masked ones, through 132 SMs
 _PROGRAM = 0.15  # of each program of the combine on one SM
 _ROUND = 0.3  # of further rounds: they wait for memory, each for the one before
+_SPILL = 1000.0  # bytes a thread that cost as much again as the work itself
 
 
-def predicted_us(problem: DecodeProblem, target: Target, variant: Variant, config: Config) -> float:
-    """The time of one call at the length bound, µs. Variants that are no split-K kernel say it by their own `cost`."""
+def predicted_us(
+    problem: DecodeProblem, target: Target, variant: Variant, config: Config, artifact: Artifact | None = None
+) -> float:
+    """The time of one call at the length bound, µs. Variants that are no split-K kernel say it by their own `cost`.
+
+    `artifact`: the compiled first kernel. Its registers, shared memory and spills are then counted, not guessed, and
+    tiles that are gathered are in flight as far as it has room for them, whatever num_stages says.
+    """
     if variant.host is not None or "combine_s" not in config:
         return variant.cost(problem, target, config).time_us
     numbers = variant.numbers(problem, target, config)
     cut = space.pieces(problem, target, variant, config)
-    time_us = target.launch_us + _stage1(problem, target, variant, config, cut)
+    time_us = target.launch_us + _stage1(problem, target, variant, config, cut, artifact)
     if numbers.get("wave", 0) > 0:
         time_us += _SCHEDULE
     if cut > 1:
@@ -45,7 +53,9 @@ def predicted_us(problem: DecodeProblem, target: Target, variant: Variant, confi
     return time_us
 
 
-def _stage1(p: DecodeProblem, target: Target, variant: Variant, config: Config, cut: int) -> float:
+def _stage1(
+    p: DecodeProblem, target: Target, variant: Variant, config: Config, cut: int, artifact: Artifact | None
+) -> float:
     """The first kernel: rounds of as many programs as the device holds, each a stream of tiles."""
     warp_specialised = variant.name == gluon.NAME
     block_m, block_n = config.int("block_m"), config.int("block_n")
@@ -57,11 +67,17 @@ def _stage1(p: DecodeProblem, target: Target, variant: Variant, config: Config, 
     registers = block_m * latent / threads + 72  # of the accumulator, and of all else
     queries = block_m * (latent + rope) * 2 if block_m >= 32 else 0
     shared = max(1, stages) * block_n * (latent + rope) * DTYPES[p.kv_dtype].bytes + queries
-    by_registers = int(target.registers_sm / (threads * min(registers, target.registers)))
-    resident = max(1, min(target.smem_bytes // shared, by_registers))
+    ahead = max(1, stages - 1)  # tiles in flight
     strain = 1.0 + max(0.0, registers - 0.9 * target.registers) / 60  # spills
     if shared > target.smem_bytes and not warp_specialised:
         strain *= 2.0  # the compiler will refuse it, or overlap less
+    if artifact is not None:
+        threads, registers, shared = artifact.threads, max(1, artifact.registers), max(1, artifact.smem_bytes)
+        strain = 1.0 + artifact.spill_bytes / _SPILL
+        if not config.get("tma", True):
+            ahead = _gathered(p, config, artifact)
+    by_registers = int(target.registers_sm / (threads * min(registers, target.registers)))
+    resident = max(1, min(target.smem_bytes // shared, by_registers))
 
     row_blocks = -(-max(p.rows, 1) // block_m)
     tiles = max(1, -(-space.length(p) // block_n))
@@ -79,10 +95,10 @@ def _stage1(p: DecodeProblem, target: Target, variant: Variant, config: Config, 
     flops = 2 * block_m * block_n * (p.head_dim + p.kv_lora_rank)
     products = flops / (target.bf16_tflops * 1e6 / target.sms * _SHARE[kind]) * on_one
     # from the second tile on a program waits if too little is in flight
-    deep = 2.0 if warp_specialised else max(1, stages - 1) * (1.0 if config.get("tma", True) else 0.8)
+    deep = 2.0 if warp_specialised else ahead * (1.0 if config.get("tma", True) else 0.8)
     per_tile = max(memory, products)
     waits = max(0.0, _FLIGHT / deep - per_tile) * (per_program - 1)
-    overlap = 3 if warp_specialised else max(1, min(stages - 1, 2)) * (1.0 if config.get("tma", True) else 0.7)
+    overlap = 3 if warp_specialised else min(ahead, 2) * (1.0 if config.get("tma", True) else 0.7)
     alone = _TILE / overlap
     stream = (per_program * (per_tile + alone) + waits) * strain
 
@@ -90,6 +106,18 @@ def _stage1(p: DecodeProblem, target: Target, variant: Variant, config: Config, 
     waves = max(1.0, rounds if rounds > 4 else (math.ceil(rounds) + rounds) / 2)
     written = (programs * block_m * p.kv_lora_rank * (4 if cut > 1 else 2)) / (target.bandwidth_gbps * 1e3 * _L2)
     return _START * (1 + 0.25 * (waves - 1)) + stream * waves + written
+
+
+def _gathered(p: DecodeProblem, config: Config, artifact: Artifact) -> int:
+    """Gathered tiles that a compiled kernel may have in flight: as its shared memory has copies, beside the queries.
+
+    Triton does not pipeline gathers through a page table: on three targets shared memory was the same at 1 (2) to 4
+    stages, and the machine code at 3 and 4 equal.
+    """
+    latent, rope = bucket(max(16, p.kv_lora_rank)), bucket(p.rope_dim)
+    queries = config.int("block_m") * (latent + rope) * 2
+    copies = (artifact.smem_bytes - queries) / (config.int("block_n") * latent * DTYPES[p.kv_dtype].bytes)
+    return max(1, min(2, round(copies)))
 
 
 def _combine(p: DecodeProblem, target: Target, config: Config, cut: int) -> float:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, ne
 from pathlib import Path
@@ -30,12 +30,12 @@ Legal = Callable[[Config], str | None]  # the reason why a config cannot be used
 
 _LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; readers wait on no writer under WAL
 _HARD_FIELDS = (
-    "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "layout", "context_parallel",
+    "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "out_dtype", "layout", "context_parallel",
     "batch_invariant",
 )  # fmt: skip
 _SOFT_FIELDS = (
     "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
-    "out_dtype", "misaligned", "flat_pages", "index64",
+    "misaligned", "flat_pages", "index64",
 )  # fmt: skip
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
@@ -77,23 +77,30 @@ class _Cell:
 
     shape: Shape
     soft: tuple[Any, ...]
-    mean: int | None  # bucket of the mean length, where total_kv was given
+    mean: int | None  # bucket of the mean length, where total_kv makes it less than kv; None: all as long as the bound
     wish: int | None  # num_kv_splits
     rows: tuple[_Row, ...] = ()
 
     @classmethod
     def of(cls, problem: Any) -> _Cell:
         """The empty cell of a problem."""
-        mean = None if problem.total_kv is None else bucket(-(-problem.total_kv // max(1, problem.batch)))
         shape = problem.batch, problem.num_heads, problem.q_len, bucket(problem.max_kv_len)
-        return cls(shape, _soft(problem), mean, problem.num_kv_splits)
+        mean = None
+        if problem.total_kv is not None:
+            mean = max(1, bucket(-(-problem.total_kv // max(1, problem.batch))))
+        return cls(shape, _soft(problem), mean if mean is not None and mean < shape[3] else None, problem.num_kv_splits)
+
+    @property
+    def length(self) -> int:
+        """The mean length, tokens."""
+        return self.shape[3] if self.mean is None else self.mean
 
     def differences(self, asked: _Cell) -> tuple[int, float]:
         """In how many soft fields, hints and wishes it is another than what is asked for, and how far off in length."""
         count = sum(map(ne, self.soft, asked.soft)) + (self.wish != asked.wish)
-        if self.mean is None or asked.mean is None:
-            return count, 0.0 if self.mean == asked.mean else math.inf
-        return count + (self.mean != asked.mean), _distance((self.mean,), (asked.mean,))
+        if self.mean == asked.mean:
+            return count, 0.0
+        return count + 1, _distance((self.length,), (asked.length,))
 
     def exactly(self, asked: _Cell) -> bool:
         return self.shape == asked.shape and not self.differences(asked)[0]
@@ -102,8 +109,8 @@ class _Cell:
         """The differences, one after the other: "batch 64 for 48, page_size 64 for 16"."""
         pairs: list[tuple[str, Any, Any]] = [*zip(_AXES, self.shape, asked.shape, strict=True)]
         pairs += zip(_SOFT_FIELDS, self.soft, asked.soft, strict=True)
-        if self.mean is not None and asked.mean is not None:
-            pairs.append(("mean length", self.mean, asked.mean))
+        if self.mean != asked.mean:
+            pairs.append(("mean length", self.length, asked.length))
         pairs.append(("num_kv_splits", self.wish, asked.wish))
         return ", ".join(f"{name} {has} for {wanted}" for name, has, wanted in pairs if has != wanted)
 
@@ -159,7 +166,10 @@ class _Question:
         """The best legal row of the nearest cell that has one; in a cell, stale rows after all others."""
         asked = self.asked
         order = sorted(self._usable(cells), key=lambda c: (_distance(c.shape, asked.shape), c.differences(asked)))
-        for cell, stale in itertools.product(order, (False, True)):
+        return self._first(order)
+
+    def _first(self, cells: Iterable[_Cell]) -> Found | None:
+        for cell, stale in itertools.product(cells, (False, True)):
             for row in cell.rows:
                 if bool(self._stale(row.trial)) == stale and self._legal(row):
                     return self._found(cell, row)
@@ -167,27 +177,57 @@ class _Question:
 
     def robust(self, pool: _Pool) -> Found | None:
         """The config that does best in the worst case over lengths up to max_kv_len, at the nearest other sizes."""
-        asked, sizes = self.asked, self.asked.shape[:3]
-        cells = [c for c in self._usable(pool.cells) if c.shape[3] <= asked.shape[3]]
-        if not cells or not pool.spans(sizes):
-            return None
-        nearest = min((_distance(c.shape[:3], sizes), c.shape[:3]) for c in cells)[1]
-        lines: dict[tuple[Any, ...], list[_Cell]] = {}
-        for cell in cells:
-            if cell.shape[:3] == nearest:
-                key = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
+        return self._robust(pool.cells) if pool.spans(self.asked.shape[:3]) else None
+
+    def longest(self, pool: _Pool) -> Found | None:
+        """The row of the greatest length up to max_kv_len, at the nearest other sizes: where no worst case is known."""
+        return self._longest(pool.cells) if pool.spans(self.asked.shape[:3]) else None
+
+    def _longest(self, cells: Iterable[_Cell]) -> Found | None:
+        asked = self.asked
+        return self._first(
+            cell
+            for _, near in self._by_sizes(cells)
+            for cell in sorted(near, key=lambda c: (-c.shape[3], c.differences(asked)))
+        )
+
+    def _robust(self, cells: Iterable[_Cell]) -> Found | None:
+        """`robust` of some cells, whatever their range; of the nearest sizes that have a legal row, no others."""
+        asked = self.asked
+        for sizes, near in self._by_sizes(cells):
+            lines: dict[tuple[Any, ...], list[_Cell]] = {}  # cells that differ in lengths alone
+            for cell in near:
+                key = dataclasses.replace(cell, shape=(*sizes, asked.shape[3]), mean=asked.mean, rows=())
                 lines.setdefault((key.differences(asked), str(key)), []).append(cell)
-        for _, line in sorted(lines.items()):
-            rows = [(cell, row) for cell in line for row in cell.rows if self._legal(row)]
-            for stale, foreign in itertools.product((False, True), repeat=2):
-                some = [(c, r) for c, r in rows if r.shipped == foreign and (stale or not self._stale(r.trial))]
-                if (config := robust(row.trial for _, row in some)) is None:
-                    continue
-                mine = [(c, r) for c, r in some if r.trial.config == config]
-                cell, row = min(mine, key=lambda pair: (-pair[0].shape[3], pair[1].order))
-                lengths = sorted({c.shape[3] for c, _ in mine})
-                unhinted = dataclasses.replace(cell, shape=(*nearest, asked.shape[3]), mean=None, rows=())
-                return self._found(unhinted, row, f"best worst case over kv {', '.join(map(str, lengths))}; ")
+            for _, line in sorted(lines.items()):
+                if (found := self._worst_case(line)) is not None:
+                    return found
+            if any(self._legal(row) for cell in near for row in cell.rows):
+                return None
+        return None
+
+    def _by_sizes(self, cells: Iterable[_Cell]) -> list[tuple[Shape, list[_Cell]]]:
+        """The usable cells of lengths up to max_kv_len, by all sizes but the length, the nearest ones first."""
+        found: dict[Shape, list[_Cell]] = {}
+        for cell in self._usable(cells):
+            if cell.shape[3] <= self.asked.shape[3]:
+                found.setdefault(cell.shape[:3], []).append(cell)
+        return sorted(found.items(), key=lambda item: (_distance(item[0], self.asked.shape[:3]), item[0]))
+
+    def _worst_case(self, line: Sequence[_Cell]) -> Found | None:
+        """The robust config of cells that differ in lengths alone; user's before shipped rows, current before stale."""
+        rows = [(cell, row) for cell in line for row in cell.rows if self._legal(row)]
+        for stale, foreign in itertools.product((False, True), repeat=2):
+            some = [(c, r) for c, r in rows if r.shipped == foreign and (stale or not self._stale(r.trial))]
+            if (config := robust(row.trial for _, row in some)) is None:
+                continue
+            mine = [(c, r) for c, r in some if r.trial.config == config]
+            # A stale one before all others: the answer rests on each.
+            cell, row = min(mine, key=lambda pair: (not self._stale(pair[1].trial), -pair[0].shape[3], pair[1].order))
+            lengths = sorted({(c.shape[3], c.length) for c, _ in mine})
+            told = ", ".join(f"{kv}" if kv == mean else f"{kv} (mean {mean})" for kv, mean in lengths)
+            unhinted = dataclasses.replace(cell, shape=(*cell.shape[:3], self.asked.shape[3]), mean=self.asked.mean)
+            return self._found(unhinted, row, f"best worst case over kv {told}; ")
         return None
 
     def _usable(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
@@ -199,21 +239,22 @@ class _Question:
         fixed = self.asked.shape[1:3]
         if not all(low <= x <= high for x, (low, high) in zip(fixed, pool.range[1:3], strict=True)):
             return
-        shapes: dict[tuple[int, int], list[Shape]] = {}
-        for shape in pool.shapes:
-            shapes.setdefault((shape[0], shape[3]), []).append(shape)
-        for (
-            batch,
-            kv,
-        ), rivals in shapes.items():  # they differ in what is fixed, so one is the nearest whatever is asked
-            cells = [cell for shape in rivals for cell in pool.shapes[shape]]
-            asked = dataclasses.replace(self.asked, shape=(batch, *fixed, kv))
-            for mean in {None, *(cell.mean for cell in cells)}:
-                hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, mean=mean))
-                if (found := hinted._among(cells)) is not None:
-                    yield found.config
-            if (found := dataclasses.replace(self, asked=asked).robust(pool)) is not None:
-                yield found.config
+        batches: dict[int, list[_Cell]] = {}
+        for cell in pool.cells:
+            batches.setdefault(cell.shape[0], []).append(cell)
+        # Of one batch they differ in what is fixed, and in lengths: which is the nearest does not depend on the batch.
+        for batch, rivals in batches.items():
+            for kv in {cell.shape[3] for cell in rivals}:
+                cells = [cell for cell in rivals if cell.shape[3] == kv]
+                asked = dataclasses.replace(self.asked, shape=(batch, *fixed, kv))
+                for mean in {None, *(cell.mean for cell in cells)}:
+                    hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, mean=mean))
+                    if (found := hinted._among(cells)) is not None:
+                        yield found.config
+                unhinted = dataclasses.replace(self, asked=asked)
+                for answer in (unhinted._robust, unhinted._longest):
+                    if (found := answer(rivals)) is not None:
+                        yield found.config
 
     def _legal(self, row: _Row) -> bool:
         config = row.trial.config
@@ -233,10 +274,8 @@ class _Question:
         trial, stale = row.trial, self._stale(row.trial)
         exact = cell.exactly(self.asked)
         provenance = trial.provenance
-        if exact and stale:
-            provenance = "stale"
-        elif not exact and provenance != PROVENANCES[-1]:
-            provenance = "neighbour"
+        if provenance != PROVENANCES[-1] and (stale or not exact):
+            provenance = "stale" if exact else "neighbour"
         whose = "shipped row" if row.shipped else "the user's row"
         match = f"{whose} of this problem" if exact else f"nearest is a {whose.split()[-2]} row with "
         match += "" if exact else cell.say(self.asked)
@@ -274,15 +313,17 @@ def lookup(
 
     The rows of the problem itself, else of the nearest shape with the same hard fields that `legal` lets pass, never
     beyond the sizes measured; the user's before the shipped, current before stale, measured before predicted. Without
-    hints (`hinted` False: max_kv_len is but a capacity) the config with the best worst case over the lengths measured.
+    hints (`hinted` False: max_kv_len is but a capacity) the config with the best worst case over the lengths measured,
+    and their distributions; where there is only one, its own best, as a neighbour's.
     `revisions` and `toolchain` are today's, by variant; rows of a variant without a revision are not used.
     Never raises for what a database holds or lacks, and never creates one.
     """
     question = _Question(_Cell.of(problem), legal, revisions, toolchain)
     for pool in _index(target, problem.op).pools.get(_hard(problem), ()):
-        if not hinted and (found := question.robust(pool)) is not None:
-            return found
-        if (found := question.nearest(pool)) is not None:
+        found = None if hinted else question.robust(pool)
+        found = found or question.nearest(pool)
+        found = found or (None if hinted else question.longest(pool))
+        if found is not None:
             return found
     return None
 
@@ -305,10 +346,10 @@ def configs(
 
 
 def robust(trials: Iterable[Trial]) -> Config | None:
-    """The config with the least worst ratio to the fastest, over the lengths at which it was timed; None if only one.
+    """The config with the least worst ratio to the fastest, over the cases in which it was timed; None if only one.
 
-    Only configs that were timed at the most lengths count: of the others the worst case is not known. Of a config's
-    times at a length the one of the most effort counts, of a length the best of the most effort.
+    A case is a length with a mean length. Only configs that were timed in the most cases count: of the others the worst
+    is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.
     """
     cells: dict[tuple[object, _Cell], dict[Config, tuple[int, float]]] = {}
     for problem, group in itertools.groupby(trials, key=lambda trial: trial.problem):
@@ -318,14 +359,12 @@ def robust(trials: Iterable[Trial]) -> Config | None:
                 time = -trial.effort, trial.median_us
                 times[trial.config] = min(time, times.get(trial.config, time))
     ratios: dict[Config, list[float]] = {}
-    lengths: dict[Config, set[int]] = {}
-    for (_, cell), times in cells.items():
-        kv, (_, best) = cell.shape[3], min(times.values(), default=(0, 0.0))
+    for times in cells.values():
+        _, best = min(times.values(), default=(0, 0.0))
         for config, (_, time_us) in times.items():
             ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
-            lengths.setdefault(config, set()).add(kv)
     most = max(map(len, ratios.values()), default=0)
-    widest = [config for config in ratios if len(ratios[config]) == most and len(lengths[config]) > 1]
+    widest = [config for config in ratios if len(ratios[config]) == most > 1]
     return min(widest, key=lambda config: (max(ratios[config]), *simplest(config)), default=None)
 
 

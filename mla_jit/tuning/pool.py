@@ -119,6 +119,8 @@ class Pool:
     environment: variables for the workers beside this process's own. They have its settings, but that they compile on a
     miss, and in their own process, whatever those say.
     timer: "module:function" that gives the times instead of a clock (see Timer); a fake device needs one.
+    setup: "module:function" that each worker calls before it is ready: there variants and toolchains of one's own are
+    registered, as they are in this process.
     quarantine: a file of JSON lines in which candidates that ended a worker are remembered across processes. Delete
     a line, or the file, to try one again.
 
@@ -129,14 +131,15 @@ class Pool:
 
     def __init__(
         self, devices: Sequence[str], *, target: str | None = None, environment: Mapping[str, str] | None = None,
-        timer: str | None = None, quarantine: Path | None = None,
+        timer: str | None = None, setup: str | None = None, quarantine: Path | None = None,
     ):  # fmt: skip
         for device in devices:
             if _DEVICE.fullmatch(device) is None or list(devices).count(device) > 1:
                 raise InvalidInput(f"devices are {list(devices)}; name each once, as cuda:0, cpu or null:0")
             if device.startswith("null") and (target is None or timer is None):
                 raise InvalidInput(f"{device} is a fake device; give a target to compile for and a timer")
-        self._target, self._environment, self._timer = target, dict(environment or {}), timer
+        self._target, self._environment = target, dict(environment or {})
+        self._hooks = {"timer": timer} | ({"setup": setup} if setup is not None else {})
         self._slots = {device: _Slot(device) for device in devices}
         self._quarantine = _Quarantine(quarantine)
         self._closed, self._lock = False, threading.Lock()
@@ -213,7 +216,7 @@ class Pool:
         environment = settings.child_environment() | current | self._environment
         visible = _visible(int(index or 0)) if kind == "cuda" else ""
         environment |= {"CUDA_VISIBLE_DEVICES": visible, "HIP_VISIBLE_DEVICES": visible}
-        return {"device": "cuda:0" if kind == "cuda" else device, "timer": self._timer}, environment
+        return {"device": "cuda:0" if kind == "cuda" else device, **self._hooks}, environment
 
     def _remember(self, problem: DecodeProblem, config: Config, device: str, reply: Reply) -> None:
         found = reply.measurement

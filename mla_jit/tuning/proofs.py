@@ -20,11 +20,13 @@ from mla_jit.config import Config
 from mla_jit.errors import MlaJitError
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
-from mla_jit.tuning import sweep
+from mla_jit.tuning import search, sweep
 from mla_jit.tuning.pool import Pool
 from mla_jit.tuning.store import Store
 
-_BUDGET_S = 3600.0  # of a search; none is cut short
+Heard = Callable[[str, sweep.Finished], None]  # (search, shape) as each shape of a sweep is finished
+
+_BUDGET_S = 3600.0  # of a shape, on average; a search that it cuts short is an error
 _TURNS = 4  # of each config in a comparison, there and back
 
 
@@ -39,8 +41,8 @@ def _shapes(*sizes: tuple[int, int, int], c: int = 512, r: int = 64) -> tuple[De
 # Each has at least 300 legal configs on the GPU for which the space was made, the best 1.5 times as fast as the median.
 QUALITY = (
     *_shapes((16, 1, 4096), (16, 4, 4096), (16, 4, 16384), (16, 16, 4096), (16, 16, 16384)),
-    *_shapes((64, 16, 4096), (64, 64, 1024), (64, 64, 4096), (64, 64, 16384), (64, 128, 4096)),
-    *_shapes((128, 16, 4096), (128, 64, 1024), (128, 64, 4096), (128, 128, 4096)),
+    *_shapes((64, 64, 1024), (64, 64, 4096), (64, 64, 16384), (64, 128, 1024), (64, 128, 4096)),
+    *_shapes((128, 64, 1024), (128, 64, 4096), (128, 128, 1024), (128, 128, 4096)),
     *_shapes((40, 64, 1024), (40, 64, 4096), c=256, r=32),
 )
 # None of these was tuned for the shipped database: other batches and lengths, some between the tuned head counts.
@@ -77,43 +79,63 @@ class QualityRow:
 
 def quality_rows(
     target: Target, device: str, shapes: Sequence[DecodeProblem] = QUALITY,
-    on_time: Callable[[str, float], None] | None = None,
+    on_time: Callable[[str, float], None] | None = None, on_shape: Heard | None = None,
 ) -> Iterator[QualityRow]:  # fmt: skip
-    """Searches all shapes exhaustively, then by `auto`, then compares the winners. `on_time` hears sweeps' seconds."""
+    """Searches all shapes exhaustively, then by `auto`, then compares the winners. `on_time` hears sweeps' seconds.
+
+    MlaJitError where a search did not come to its end or measured nothing.
+    """
     with tempfile.TemporaryDirectory(prefix="mla_jit-quality-") as root:
         found = {}
         for how in ("exhaustive", "auto"):
             started = time.monotonic()
-            found[how] = _searched(target, device, shapes, Path(root, how), how)
+            found[how] = _searched(target, device, shapes, Path(root, how), how, on_shape)
             if on_time is not None:
                 on_time(how, time.monotonic() - started)
         with _cached(Path(root, "exhaustive")), Pool([device]) as pool:
             for problem in shapes:
-                all_, auto = found["exhaustive"][problem], found["auto"][problem]
-                assert all_.outcome is not None
-                assert auto.outcome is not None
-                times = sorted(m.median_us for _, e, m in all_.outcome.trials if e == 0 and m.median_us is not None)
-                us = alternated(pool, device, problem, [all_.outcome.winner, auto.outcome.winner])
+                (all_, all_s), (auto, auto_s) = found["exhaustive"][problem], found["auto"][problem]
+                times = sorted(m.median_us for _, e, m in all_.trials if e == 0 and m.median_us is not None)
+                us = alternated(pool, device, problem, [all_.winner, auto.winner])
                 yield QualityRow(
-                    _say(problem), len(times), statistics.median(times) / times[0], auto.outcome.explored,
-                    us[all_.outcome.winner], us[auto.outcome.winner], all_.seconds, auto.seconds,
+                    say(problem), len(times), statistics.median(times) / times[0], auto.explored, us[all_.winner],
+                    us[auto.winner], all_s, auto_s,
                 )  # fmt: skip
 
 
 def _searched(
-    target: Target, device: str, shapes: Sequence[DecodeProblem], root: Path, how: str
-) -> dict[DecodeProblem, sweep.Finished]:  # fmt: skip
+    target: Target, device: str, shapes: Sequence[DecodeProblem], root: Path, how: str, on_shape: Heard | None
+) -> dict[DecodeProblem, tuple[search.Outcome, float]]:
+    """What was found for each shape, and in how many seconds."""
+    found = {}
     with _cached(root), Store(root / "tuning.db") as store, Pool([device]) as pool:
-        done = sweep.run(
-            shapes, target, [device], pool, store, budget_s=_BUDGET_S, how=how, cross=False, command=f"proof: {how}"
-        )  # fmt: skip
-        return {finished.problem: finished for finished in done}
+        for done in sweep.run(
+            shapes, target, [device], pool, store, budget_s=_BUDGET_S * len(shapes), how=how, cross=False,
+            command=f"proof: {how}",
+        ):  # fmt: skip
+            found[done.problem] = _ended(done), done.seconds
+            if on_shape is not None:
+                on_shape(how, done)
+    return found
+
+
+def _ended(done: sweep.Finished) -> search.Outcome:
+    """The outcome of a search that came to its end; MlaJitError otherwise."""
+    found = done.outcome
+    if found is None:
+        raise MlaJitError(f"{say(done.problem)} was tuned before; use an empty database")
+    if found.stopped != "done":
+        raise MlaJitError(f"the search for {say(done.problem)} was not finished ({found.stopped}): {found.why}")
+    if found.median_us is None:
+        first = f"; {found.faults[0][1]}: {found.faults[0][2]}" if found.faults else ""
+        raise MlaJitError(f"nothing could be measured of {say(done.problem)}: {found.why}{first}")
+    return found
 
 
 @contextlib.contextmanager
 def _cached(root: Path) -> Iterator[None]:
     """With a kernel cache of its own, of which nothing is in memory."""
-    with settings.scope(cache_dir=root / "cache"):
+    with settings.scope(cache_dir=root / "cache", cache_layers=()):
         cache.forget()
         try:
             yield
@@ -168,35 +190,46 @@ class NeighbourRow:
         return self.tuned_us / self.vllm_us
 
 
+def untuned(target: Target, shapes: Sequence[DecodeProblem] = HELD_OUT) -> dict[DecodeProblem, plan.Choice]:
+    """What the user's and the shipped databases, as they are, give for shapes that they do not hold themselves.
+
+    MlaJitError where they hold one.
+    """
+    chosen = {problem: plan.known(problem, target) for problem in shapes}
+    for problem, choice in chosen.items():
+        if choice.provenance in (*plan.MEASURED, "stale"):
+            raise MlaJitError(
+                f"{say(problem)} is no held-out shape: {choice.why}; use another database (MLA_JIT_TUNING_DB)"
+            )
+    return chosen
+
+
 def neighbour_rows(
     target: Target, device: str, shapes: Sequence[DecodeProblem] = HELD_OUT
 ) -> Iterator[NeighbourRow]:  # fmt: skip
     """Tunes each shape into a database of its own, and compares its config with those it would be served with.
 
-    The lookup sees the user's and the shipped databases as they are. MlaJitError where they hold a shape itself.
+    MlaJitError where the databases hold a shape itself, and where a search did not come to its end.
     """
-    chosen = {problem: plan.choose(problem, target) for problem in shapes}
-    for problem, choice in chosen.items():
-        if choice.provenance in ("measured", "imported", "stale"):
-            raise MlaJitError(f"{problem} is no held-out shape: {choice.why}; use another database")
+    chosen = untuned(target, shapes)
     with (
         tempfile.TemporaryDirectory(prefix="mla_jit-neighbours-") as root, Store(Path(root, "tuning.db")) as store,
         Pool([device]) as pool,
     ):  # fmt: skip
         for done in sweep.run(
-            shapes, target, [device], pool, store, budget_s=_BUDGET_S, cross=False, command="proof: neighbours"
+            shapes, target, [device], pool, store, budget_s=_BUDGET_S * len(shapes), cross=False,
+            command="proof: neighbours",
         ):  # fmt: skip
-            assert done.outcome is not None
             problem = done.problem
             default = plan.analytic(problem, target).config
             configs = {
-                "tuned": done.outcome.winner, "neighbour": chosen[problem].config, "analytic": default,
+                "tuned": _ended(done).winner, "neighbour": chosen[problem].config, "analytic": default,
                 "aiter": default.replace(num_kv_splits=aiter_splits(problem, target)),
                 "vllm": default.replace(num_kv_splits=vllm_splits(problem)),
             }  # fmt: skip
             us = alternated(pool, device, problem, list(configs.values()))
             times = {f"{name}_us": us[config] for name, config in configs.items()}
-            yield NeighbourRow(_say(problem), **times, whence=chosen[problem].why or chosen[problem].provenance)
+            yield NeighbourRow(say(problem), **times, whence=chosen[problem].why or chosen[problem].provenance)
 
 
 def aiter_splits(problem: DecodeProblem, target: Target) -> int:
@@ -215,6 +248,7 @@ def vllm_splits(problem: DecodeProblem) -> int:
     return bucket(-(-problem.max_kv_len // 512))
 
 
-def _say(p: DecodeProblem) -> str:
+def say(p: DecodeProblem) -> str:
+    """ "4096 × 128 heads × 64"."""
     dims = "" if (p.kv_lora_rank, p.rope_dim) == (512, 64) else f" ({p.kv_lora_rank}+{p.rope_dim})"
     return f"{p.max_kv_len} × {p.num_heads} heads × {p.batch}{dims}"

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mla_jit import resources
+from mla_jit import resources, settings
 from mla_jit.tuning.rows import PROVENANCES, Trial, slug
 from mla_jit.tuning.store import PROBLEM_COLUMNS, plain
 
@@ -20,10 +20,12 @@ _shipped: dict[tuple[str, str], tuple[Trial, ...]] = {}
 
 
 def rows(device: str, op: str) -> tuple[Trial, ...]:
-    """The shipped rows of a device and an op, read once a process; () where there are none.
+    """The shipped rows of a device and an op, read once a process; () where there are none or `shipped_db` is off.
 
     Bad, repeated and contradictory lines are skipped with one warning a file; `check` lists them.
     """
+    if not settings.current().shipped_db:
+        return ()
     if (device, op) not in _shipped:
         try:
             path = resources.path("tuning_db", slug(device), f"{op}.jsonl")

@@ -32,6 +32,7 @@ from mla_jit.tuning.store import Store
 EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by effort
 LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged")  # how the lengths of a batch are distributed
+_SHARES = 5  # even shares of the time left that a shape may take
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -198,8 +199,10 @@ class _Sweep:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
+        """Seconds for a shape: some even shares, as the first of a kind wait for compilers and later ones do not."""
         with self.lock:
-            return max(0.0, self.deadline - time.monotonic()) * self.devices / max(self.left, self.devices)
+            left_s = max(0.0, self.deadline - time.monotonic())
+            return min(left_s, _SHARES * left_s * self.devices / max(self.left, self.devices))
 
     def tune(self, problem: DecodeProblem, device: str, following: DecodeProblem | None) -> Finished:
         """Searches the best config, unless that was finished before. `following` will be the next of its thread."""

@@ -101,11 +101,18 @@ def _open(start: dict[str, Any]) -> Timer | None:
         if start["device"].startswith("cuda"):
             torch.zeros(1, device=start["device"])
     place_of(start["device"])
+    if "setup" in start:
+        _named(start["setup"])()
     if start["timer"] is None:
         return None
-    module, _, name = start["timer"].partition(":")
-    timer: Timer = getattr(importlib.import_module(module), name)
+    timer: Timer = _named(start["timer"])
     return timer
+
+
+def _named(what: str) -> Any:
+    """The object behind "module:name"."""
+    module, _, name = what.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 # ------------------------------------------------------------------------------------------------------- in the parent

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import json
-from collections.abc import Iterator
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import mla_jit
-from mla_jit import settings
+from mla_jit import cli_tuning, models, settings, target
 from mla_jit.cli import main
-from mla_jit.tuning import pool, rows, shipped, store
+from mla_jit.problem import DecodeProblem
+from mla_jit.tuning import builds, pool, rows, schedule, search, shipped, store, sweep
 
-SMALL = ("--model", "minicpm3-4b", "--tp", "8", "--dtype", "bf16", "--batch", "1", "--kv-len", "128")
+
+def small(batch: str = "1", kv_len: str = "128") -> tuple[str, ...]:
+    return ("--model", "minicpm3-4b", "--tp", "8", "--dtype", "bf16", "--batch", batch, "--kv-len", kv_len)
+
+
+SMALL = small()
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +58,101 @@ def invoke_json(*arguments: object, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+# ----------------------------------------------------------------------------------------------------------------- plan
+
+TWO = ("--model", "deepseek-v3,kimi-k2", "--dtype", "bf16", "--batch", "1,4", "--kv-len", "1024")
+
+
 def test_plan_lists_each_shape_once_and_needs_no_gpu() -> None:
-    arguments = ("--model", "deepseek-v3,kimi-k2", "--tp", "8", "--dtype", "bf16", "--batch", "1,4", "--kv-len", "1024")
-    found = invoke_json("plan", "--target", "sm_90", *arguments)
+    found = invoke_json("plan", "--target", "sm_90", *TWO, "--tp", "8")
     shapes = [(row["problem"]["num_heads"], row["problem"]["batch"]) for row in found["shapes"]]
     assert shapes == [(16, 1), (16, 4), (8, 1), (8, 4)]
     assert all(row["candidates"] >= 300 for row in found["shapes"])
-    text = invoke("plan", "--target", "sm_90", *arguments)
+    text = invoke("plan", "--target", "sm_90", *TWO, "--tp", "8")
     assert text.startswith("4 shapes for sm_90 (NVIDIA H200)")
+
+
+def test_plan_says_which_models_share_a_shape() -> None:
+    arguments = ("plan", "--target", "sm_90", *TWO, "--tp", "4,8")
+    found = {row["problem"]["num_heads"]: row["models"] for row in invoke_json(*arguments)["shapes"]}
+    both = ["deepseek-v3 --tp 8", "kimi-k2 --tp 4"]  # 128 / 8 and 64 / 4 heads
+    assert found == {32: ["deepseek-v3 --tp 4"], 16: both, 8: ["kimi-k2 --tp 8"]}
+    text = invoke(*arguments)
+    assert "16 heads × 512+64, bf16×bf16, page 64: deepseek-v3 --tp 8, kimi-k2 --tp 4\n" in text
+    assert text.startswith("6 shapes ")
+
+
+def test_plan_estimates_the_time_from_what_is_measured_and_compiled() -> None:
+    arguments = ("plan", "--target", "sm_90", *TWO, "--tp", "8", "--lengths", "even,ragged")
+    found = invoke_json(*arguments, "--jobs", "5")
+    first, second, ragged, *_ = rows_ = found["shapes"]
+    for row in rows_:
+        assert 16 <= row["measured"] < row["candidates"]
+        assert row["measured"] == search._count(row["candidates"])
+        assert 6 <= row["kernels"] < row["candidates"]
+    assert first["exhaustive_s"] == pytest.approx(0.021 * first["candidates"] + 0.8 + 2.5 * first["kernels"] / 5)
+    # of batch 4 some kernels are those of batch 1; of its ragged batch all are those of the even one
+    assert 0.021 * second["candidates"] + 0.8 < second["exhaustive_s"]
+    assert second["exhaustive_s"] <= 0.021 * second["candidates"] + 0.8 + 2.5 * second["kernels"] / 5
+    assert ragged["problem"]["total_kv"] is not None
+    assert ragged["exhaustive_s"] == pytest.approx(0.021 * ragged["candidates"] + 0.8)
+    assert ragged["auto_s"] == pytest.approx(0.021 * ragged["measured"] + 0.8)
+    for how in ("auto_s", "exhaustive_s"):
+        assert found["total"][how] == pytest.approx(sum(row[how] for row in rows_))
+    assert found["total"]["auto_s"] < found["total"]["exhaustive_s"]
+    slow = invoke_json(*arguments, "--jobs", "1")["total"]
+    assert slow["auto_s"] > found["total"]["auto_s"]
+    text = invoke(*arguments, "--jobs", "5")
+    assert "0.021 s a measured config, 0.8 s a shape for its playoff, 2.5 s of a CPU a kernel" in text
+    assert "estimated for one GPU and 5 kernels compiled at a time, from one NVIDIA H200, 2026-11-24" in text
+
+
+def test_a_plan_for_the_cpu_has_no_estimate() -> None:
+    found = invoke_json("plan", *SMALL)
+    (row,) = found["shapes"]
+    assert (found["ok"], row["kernels"], row["auto_s"], found["total"]["auto_s"]) == (True, 0, None, None)
+    assert row["candidates"] == len(sweep.candidates(problem_of(row), target.by_name("cpu")))
+    assert "no estimate of the time" in invoke("plan", *SMALL)
+
+
+def test_a_plan_says_what_it_leaves_out() -> None:
+    large = ("--model", "deepseek-v3", "--tp", "8", "--dtype", "bf16", "--batch", "1,128", "--kv-len", "65536")
+    found = invoke_json("plan", *large)
+    assert [row["problem"]["batch"] for row in found["shapes"]] == [1]
+    (left,) = found["left_out"]
+    assert (left["problem"]["batch"], left["unserved"]) == (128, False)
+    assert "left out: 16 heads × 128 × 65536: its cache takes 9.0 GiB, and there is room for 2.0" in invoke(
+        "plan", *large
+    )
+    assert len(invoke_json("plan", "--target", "sm_90", *large)["shapes"]) == 2  # what that machine has is not known
+    refused = invoke_json("plan", "--target", "sm_90", *large, "--dtype", "bf16,fp32", code=1)
+    assert len(refused["shapes"]) == 2
+    assert {left["unserved"] for left in refused["left_out"]} == {True}
+    assert "fp32 q or cache" in refused["left_out"][0]["reason"]
+
+
+def problem_of(row: dict[str, Any]) -> DecodeProblem:
+    return DecodeProblem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["problem"].items()})
+
+
+def test_a_plan_survives_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "a plan.json"
+    text = invoke(
+        "plan", "--target", "sm_90", *TWO, "--search", "exhaustive", "--lengths", "even,ragged", "--out", file
+    )
+    assert f"mla-tune run --plan '{file}'" in text
+    where = target.by_name("sm_90")
+    wanted = [(models.by_name(name), 1) for name in ("deepseek-v3", "kimi-k2")]
+    made = schedule.make(
+        wanted, where, dtypes=["bf16"], batches=[1, 4], kv_lens=[1024], lengths=["even", "ragged"]
+    )  # fmt: skip
+    found = schedule.read(file)
+    assert found.shapes == made.shapes
+    assert (found.target, found.device, found.options["search"]) == ("sm_90", "NVIDIA H200", "exhaustive")
+    found.check(where, file)
+
+
+# ------------------------------------------------------------------------------------------------------------------ run
 
 
 def test_a_run_fills_the_database_and_the_next_one_has_nothing_to_do(database: Path, tmp_path: Path) -> None:
@@ -94,10 +201,145 @@ def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.
     assert "error: RuntimeError: the bench itself is broken" in invoke("run", *SMALL, "--no-resume", code=1)
 
 
+def test_a_run_by_a_plan_tunes_its_shapes_by_its_search(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    invoke("plan", *small("2"), "--lengths", "even,ragged", "--search", "exhaustive", "--out", file)
+    planned = schedule.read(file)
+    found = invoke_json("run", "--plan", file)
+    assert [problem_of(row) for row in found["shapes"]] == planned.problems
+    assert [row["problem"]["total_kv"] for row in found["shapes"]] == [None]  # 128 tokens are too few for ragged ones
+    assert (found["ok"], found["search"], found["interrupted"]) == (True, "exhaustive", False)
+    (shape,) = found["shapes"]
+    assert (shape["explored"], shape["skipped"]) == (planned.shapes[0].candidates, 0)
+    again = invoke_json("run", "--plan", file, "--search", "auto")
+    (before,) = again["shapes"]
+    assert (again["search"], before["finished_before"]) == ("auto", True)
+    assert (before["variant"], before["median_us"] > 0) == ("decode_blocked_cpu", True)
+    # by its problems alone, as a script may write it
+    data = json.loads(file.read_text())
+    data["shapes"] = [{"problem": {"num_heads": 5, "kv_lora_rank": 256, "rope_dim": 32, "max_kv_len": 128}}]
+    file.write_text(json.dumps({name: data[name] for name in ("version", "target", "device", "shapes")}))
+    (shape,) = schedule.read(file).shapes
+    assert (shape.problem.num_heads, shape.problem.max_kv_len, shape.models) == (5, 128, ())
+
+
+def test_a_plan_for_another_device_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    invoke("plan", "--target", "sm_90", *TWO, "--tp", "8", "--out", file)
+    message = invoke_json("run", "--plan", file, code=2)["message"]
+    assert "was planned for NVIDIA H200 (sm_90), and this machine has CPU (cpu)" in message
+    command = message.partition("plan again here: ")[2].split()
+    assert command[:2] == ["mla-tune", "plan"]
+    invoke(*command[1:])  # it is a command
+    assert schedule.read(file).device == "CPU"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no schedule of mla_jit"), ("[]", "no schedule of mla_jit"), ("no JSON", "is Expecting value"),
+        ('{"version": 2, "shapes": []}', "format 2 is unknown, this mla_jit reads 1"),
+        ('{"version": 1, "target": "cpu", "device": "CPU", "shapes": [{"problem": {"hue": 1}}]}', "unexpected keyword"),
+        ('{"version": 1, "target": "cpu", "device": "CPU", "shapes": [{"problem": {"num_heads": 0}}]}', "at least 1"),
+        ('{"version": 1, "target": "cpu", "device": "CPU", "shapes": [], "options": {"search": "best"}}', "auto or ex"),
+        (None, "cannot be read: No such file"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plan_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    if text is not None:
+        file.write_text(text)
+    told = invoke("run", "--plan", file, code=2)
+    assert message in told or (text == "" and "Expecting value" in told)
+    assert str(file) in told
+
+
+def test_a_plan_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    assert "cannot be written: No such file" in invoke("plan", *SMALL, "--out", tmp_path / "no" / "file", code=1)
+
+
+def test_a_run_leaves_out_what_does_not_fit() -> None:
+    large = ("--model", "deepseek-v3", "--tp", "8", "--dtype", "bf16", "--batch", "128", "--kv-len", "65536")
+    found = invoke_json("run", *large, code=1)
+    assert "no shape to tune: 1 shape left out" in found["message"]
+    text = invoke("run", *large, code=1)
+    assert "left out: 16 heads × 128 × 65536: its cache takes 9.0 GiB" in text
+    found = invoke_json("run", *small("1,32768", "256"), "--budget", "0s", code=1)
+    assert [row["problem"]["batch"] for row in found["shapes"]] == [1]
+    assert [row["problem"]["batch"] for row in found["left_out"]] == [32768]
+
+
+def test_without_the_gpu_that_is_asked_for_nothing_is_done(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with settings.scope(target="sm_90"):
+        message = invoke_json("run", *small("1", "1024"), code=2)["message"]
+    assert "cuda:0 is not among the 0 devices" in message
+    with store.Store(database, readonly=True) as opened:
+        assert list(opened.trials()) == []
+
+
+def test_so_many_kernels_are_compiled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Told(builds.Builds):
+        def __init__(self, there: target.Target, jobs: int | None = None):
+            asked.append((there.name, jobs))
+            super().__init__(there, jobs)
+
+    monkeypatch.setattr(builds, "Builds", Told)
+    invoke("run", *SMALL, "--budget", "0s", "--jobs", "3", code=1)
+    invoke("run", *SMALL, "--budget", "0s", code=1)
+    assert asked == [("cpu", 3), ("cpu", None)]
+
+
+def test_a_line_a_shape_is_said_on_stderr_and_nothing_if_quiet() -> None:
+    two = ("run", *small("1", "64,128"), "--budget", "0s")
+    done = CliRunner().invoke(main, two)
+    first, second = done.stderr.splitlines()
+    assert first.startswith("decode 5 heads/1 × 256+32, bf16×bf16, page 64, batch 1, q_len 1, kv<=64: nothing measured")
+    assert "kv<=128: nothing measured (budget)" in second
+    assert "0 shapes tuned in 0 s, 0 finished before, 2 stopped early\n" in done.stdout
+    assert "the budget is spent; what was measured is kept. To go on: mla-tune" in done.stdout
+    quiet = CliRunner().invoke(main, [*two, "--quiet"])
+    assert (quiet.exit_code, quiet.stderr, quiet.stdout) == (1, "", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1h30m", 5400), ("1m5s", 65), ("0s", 0)]
+)
+def test_times_are_read(text: str, seconds: float) -> None:
+    assert cli_tuning._seconds(None, None, text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "nan", "1s2h", "5 minutes", "1e3"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    assert "is no time; write 90s, 30m or 1h30m" in " ".join(invoke("run", *SMALL, "--budget", text, code=2).split())
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_help_says_what_each_option_does_and_its_default(verb: str) -> None:
+    command = main.commands[verb]
+    context = click.Context(command)
+    for option in command.params:
+        assert isinstance(option, click.Option)
+        assert option.help is not None
+        assert option.help[0].isupper()
+        assert option.help.endswith(".")
+        if option.get_default(context) not in (None, False, ()):
+            assert option.show_default, option.name
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("run", *SMALL, "--budget", "soon"), 2, "'soon' is no time"),
+        (("run",), 2, "by one of --plan FILE and --model NAME"),
+        (("run", *SMALL, "--plan", "any"), 2, "by one of --plan FILE and --model NAME"),
+        (("run", "--plan", "any", "--tp", "1", "--kv-len", "64"), 2, "leave out --tp, --kv-len"),
+        (("run", *SMALL, "--gpus", ""), 2, "--gpus is empty"),
+        (("run", *SMALL, "--gpus", "-1"), 2, "-1 is no index of a GPU"),
+        (("run", *SMALL, "--lengths", "long"), 2, "use even or ragged"),
+        (("plan", *SMALL, "--lengths", "long"), 2, "use even or ragged"),
+        (("plan",), 2, "Missing option '--model'"),
         (("plan", "--model", "gpt-2"), 2, "no model 'gpt-2'"),
         (("plan", "--model", "deepseek-v3", "--tp", "3"), 2, "cannot share equally"),
     ],
@@ -105,3 +347,189 @@ def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.
 )
 def test_what_cannot_be_done_is_said(arguments: tuple[str, ...], code: int, message: str) -> None:
     assert message in invoke(*arguments, code=code)
+
+
+# ---------------------------------------------------------------------------------------------- processes of their own
+
+# As a shell that has started it in the background does not: with Ctrl-C.
+CODE = """
+import atexit, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+heavy = ("torch", "triton", "numpy")
+if report := sys.argv.pop(1):
+    loaded = lambda: open(report, "w").write(" ".join(sorted({m.split(".")[0] for m in sys.modules} & set(heavy))))
+    atexit.register(loaded)
+from mla_jit.cli import main
+main()
+"""
+LONG = ("run", *small("1,2", "64,128"))
+
+
+def start(database: Path, *arguments: object, report: Path | str = "", **more: Any) -> subprocess.Popen[bytes]:
+    """`mla-tune` with these arguments, on the CPU."""
+    env = {**os.environ, "MLA_JIT_TARGET": "cpu", "MLA_JIT_TUNING_DB": str(database), "TERM": "xterm"}
+    paths = [str(Path(mla_jit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-c", CODE, report, *arguments]
+    return subprocess.Popen(
+        [str(word) for word in command], env={**env, "PYTHONPATH": os.pathsep.join(paths)},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes], timeout_s: float = 120.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out.decode(), (err or b"").decode()
+
+
+def trials_of(database: Path) -> list[rows.Trial]:
+    with store.Store(database, readonly=True) as opened:
+        return list(opened.trials())
+
+
+def workers_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(database: Path) -> None:
+    process = start(database, *LONG, "--search", "exhaustive", "--no-resume")
+    wait_for(lambda: database.exists() and workers_of(process.pid))
+    wait_for(lambda: len(trials_of(database)) >= 3)
+    workers = workers_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process, 30.0)
+    assert code == 1
+    assert "stopping after the running measurements, which are kept" in err
+    assert "(interrupted: best so far)" in err
+    assert "0 shapes tuned" in out
+    assert "1 stopped early, 3 not reached" in out
+    command = out.partition("interrupted; what was measured is kept. To go on: ")[2].split()
+    assert command == ["mla-tune", *LONG, "--search", "exhaustive"]  # without --no-resume, which would begin again
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    before = trials_of(database)
+    assert len(before) >= 3
+
+    process = start(database, *command[1:], "--json")
+    code, out, err = finish(process)
+    found = json.loads(out)
+    assert (code, found["ok"], err) == (0, True, "")
+    kept = [trial for trial in trials_of(database) if trial.problem == before[0].problem]
+    assert kept[: len(before)] == before
+    assert len({(trial.config, trial.effort) for trial in kept}) == len(kept)  # nothing was measured twice
+
+
+def test_a_second_ctrl_c_ends_at_once(database: Path) -> None:
+    process = start(database, *LONG)
+    wait_for(lambda: workers_of(process.pid))  # it needs seconds until it can measure
+    workers = workers_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    assert b"Ctrl-C again does not wait for them" in process.stderr.readline()
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process, 30.0)
+    assert time.monotonic() - began < 5.0
+    assert code == 130
+    assert "To go on: mla-tune run" in out
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_finished_run_again_loads_nothing_heavy(database: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    assert finish(start(database, "plan", *SMALL, "--out", file))[0] == 0
+    first = start(database, "run", "--plan", file, report=tmp_path / "first")
+    assert finish(first)[0] == 0
+    for arguments in (SMALL, ("--plan", file)):
+        code, out, _ = finish(start(database, "run", *arguments, report=tmp_path / "again"))
+        assert (code, "0 shapes tuned in 0 s, 1 finished before" in out) == (0, True)
+        assert (tmp_path / "again").read_text() == ""
+
+
+def test_progress_on_a_terminal(database: Path) -> None:
+    """A bar over the shapes with what is left, and one for the shape in work: how many configs, best, default."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 140, 0, 0))
+    process = start(database, "run", *small("1,2"), "--json", stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: it has ended
+        while data := os.read(ours, 1 << 16):
+            seen += data
+    os.close(ours)
+    code, out, _ = finish(process)
+    assert (code, json.loads(out)["ok"]) == (0, True)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    lines = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in re.split(r"[\r\n]+", text)]
+    for wanted in (
+        r"shapes 0/2 \d:\d\d:\d\d", r"shapes 1/2 \d:\d\d:\d\d, about \d:\d\d:\d\d left",
+        r"cpu \d+/\d\d 5 heads × 1 × 128 best \d+\.\d us, default \d+\.\d", r"cpu \d+/\d\d 5 heads × 2 × 128.*",
+        r"decode 5 heads/1 .* kv<=128: \d+\.\d us, default .*",
+    ):  # fmt: skip
+        assert any(re.fullmatch(wanted, line) for line in lines), wanted
+
+
+# ------------------------------------------------------------------------------------------------------------ the watch
+
+
+def measured(median_us: float) -> rows.Measurement:
+    return rows.Measurement("ok", median_us, 0.1)
+
+
+def test_the_watch_knows_what_is_done_and_what_is_left() -> None:
+    where, clock = target.by_name("cpu"), [100.0]
+    shapes = [
+        DecodeProblem(num_heads=4, batch=n, max_kv_len=256, total_kv=300 if n == 3 else None) for n in (1, 2, 3, 4)
+    ]
+    watch = cli_tuning._Watch(4, ["null:0", "null:1"], where, 60.0, lambda: clock[0])
+    default, *others = sweep.candidates(shapes[0], where)
+
+    def event(name: str, n: int, **more: object) -> None:
+        watch.on_event(name, {"device": f"null:{n}", "problem": shapes[n], **more})
+
+    def shown() -> list[str]:
+        console = Console(file=io.StringIO(), width=120)
+        console.print(watch)
+        assert isinstance(console.file, io.StringIO)
+        return [" ".join(re.sub("[━╸╺]", "", line).split()) for line in console.file.getvalue().splitlines()]
+
+    assert shown() == ["shapes 0/4 0:00:00"]
+    assert watch.left_s() is None
+    event("start", 0, candidates=9, planned=20)
+    event("start", 1, candidates=9, planned=20)
+    event("trial", 0, config=others[0], effort=0, measurement=rows.Measurement("wrong", note="rel L2 0.5"))
+    for i, config in enumerate(others[:3]):
+        event("trial", 0, config=config, effort=0, measurement=measured(30.2 + i))
+    event("trial", 0, config=default, effort=0, measurement=measured(33.1))
+    event("pass", 0, config=default, effort=2, measurement=measured(33.0))
+    event("trial", 0, config=default, effort=2, measurement=measured(33.0))  # of the passes: no measurement of its own
+    clock[0] += 3.0
+    assert shown()[1:] == [
+        "null:0 6/20 4 heads × 1 × 256 best 30.2 us, default 33.0, 1 faulty", "null:1 0/20 4 heads × 2 × 256",
+    ]  # fmt: skip
+    assert watch.left_s() == pytest.approx((6 / 0.3) * (4 - 0.3) / 2)  # both devices' 3 s for 0.3 shapes
+    watch.finished(sweep.Finished(shapes[3], "null:1", None, 0.0))  # finished before: says nothing of what is to come
+    assert watch.left_s() == pytest.approx((6 / 0.3) * (3 - 0.3) / 2)
+    outcome = search.Outcome(default, 33.0, 0.1, 33.0, None, (), (), 6, 3, 3.0, "done", "")
+    event("done", 0, outcome=outcome)
+    watch.finished(sweep.Finished(shapes[0], "null:0", outcome, 4.0))
+    assert watch.left_s() == pytest.approx(4.0 * 2 / 2)
+    assert shown()[0] == "shapes 2/4 0:00:03, about 0:00:04 left"
+    clock[0] += 56.0
+    assert watch.left_s() == pytest.approx(1.0)  # the budget ends it
+    event("trial", 0, config=others[1], effort=2, measurement=measured(31.0))  # the best of another length
+    assert shown()[1].startswith("null:0 1 4 heads × 1 × 256, the best of other lengths best 31.0 us")
+    watch.on_event("start", {"device": "null:0", "problem": shapes[2], "candidates": 9, "planned": 20})
+    assert "4 heads × 3 × 256, ragged" in shown()[1]

@@ -41,16 +41,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     (
         "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.builds tuning.worker tuning.pool",
     ),  # times the public `decode` beside the peers
-    ("tuning.sweep tuning.database tuning.proofs",),
-    ("compat", "quickstart", "support", "tuning.auto"),
-    ("cli cli_options cli_tuning cli_database cli_report",),
+    ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
+    ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),
+    ("cli cli_options cli_tuning cli_database cli_report cli_predict cli_bench",),
 )
 # These describe kernels and compile them; nothing of them may need torch.
 LIGHT = (
     "errors", "settings", "resources", "dtypes", "target", "layouts", "problem", "config", "models", "compile.cache",
     "compile.child", "compile.artifact", "launch", "launch.base", "launch.null", "ops", "ops.variant",
     "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "tuning.rows", "tuning.store",
-    "tuning.shipped", "tuning.lookup", "plan", "ahead", "explain", "cli",
+    "tuning.shipped", "tuning.lookup", "tuning.schedule", "plan", "ahead", "explain", "cli",
 )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import random
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from mla_jit import ops, target
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import heuristic, search, space
+from mla_jit.tuning import heuristic, schedule, search, space
 
 HOPPER = target.targets()["sm_90"]
 VARIANTS = ops.variants("decode")
@@ -408,6 +409,80 @@ def test_events_tell_what_a_progress_bar_and_a_compiler_need() -> None:
         if name == "trial":
             trials.append((data["config"], data["effort"], data["measurement"]))
     assert trials == list(outcome.trials)
+
+
+def test_what_auto_begins_with_is_known_before_it() -> None:
+    """So that it is compiled early: the default, and what the first batch takes of each group."""
+    for shape in SHAPES[::4]:
+        p = problem(shape)
+        early = search.first(p, HOPPER, candidates(p))
+        announced: list[Config] = []
+
+        def listen(name: str, data: dict[str, Any], announced: list[Config] = announced) -> None:
+            if name == "shortlist" and not announced:
+                announced.extend(data["configs"])
+
+        device = Device(landscape(p, 0))
+        tune(p, device, on_event=listen)
+        assert early[0] == candidates(p)[0]
+        assert announced == early
+        assert set(early) <= {config for config, _ in device.calls[: 2 * len(early) + 1]}
+        assert len({search._group(config) for config in early[1:]}) == len(early) - 1
+
+
+def test_each_first_kernel_is_there_once_in_the_order_of_its_best() -> None:
+    found = search.kernels(SMALL, HOPPER, candidates(SMALL))
+    assert [search._kernel(c) for c in found] == list(dict.fromkeys(map(search._kernel, found)))
+    assert {search._kernel(c) for c in found} == {search._kernel(c) for c in candidates(SMALL)}
+    times = [heuristic.predicted_us(SMALL, HOPPER, ROWS[c.variant], c) for c in found]
+    assert times == sorted(times)
+    for config, time_us in zip(found, times, strict=True):
+        alike = [c for c in candidates(SMALL) if search._kernel(c) == search._kernel(config)]
+        assert time_us == min(heuristic.predicted_us(SMALL, HOPPER, ROWS[c.variant], c) for c in alike)
+
+
+def test_how_many_are_measured_grows_with_how_many_there_are() -> None:
+    counts = [search._count(n) for n in range(1, 3001)]
+    assert counts == sorted(counts)
+    assert counts[:16] == list(range(1, 17))  # few are all measured
+    assert all(16 <= count <= 130 for count in counts[16:])
+
+
+def test_an_auto_search_compiles_no_more_kernels_than_are_planned_for() -> None:
+    for seed, shape in enumerate(SHAPES):
+        device = Device(landscape(problem(shape), seed), seed)
+        tune(problem(shape), device)
+        every = {search._kernel(config) for config in candidates(problem(shape))}
+        assert len({search._kernel(config) for config, _ in device.calls}) <= schedule._most_kernels(len(every))
+
+
+@pytest.mark.parametrize("how", search.SEARCHES)
+def test_configs_are_measured_in_the_order_in_which_they_are_compiled(how: str) -> None:
+    """`ready` gives them in its own order, and is told how long it may wait."""
+    device, given, seconds = small(3), [], []
+
+    def ready(configs: Sequence[Config], left_s: float) -> list[Config]:
+        order = sorted(configs, key=Config.to_json, reverse=True)
+        given.append(order)
+        seconds.append((left_s, device.now))
+        return order
+
+    outcome = tune(SMALL, device, search=how, ready=ready, budget_s=5000.0)
+    assert [config for config, effort in device.calls if effort < search.PLAYOFF] == list(itertools.chain(*given))
+    assert all(left_s + now == 5000.0 for left_s, now in seconds)
+    assert outcome.stopped == "done"
+    plain = tune(SMALL, small(3), search=how)
+    assert set(plain.trials) == set(outcome.trials)
+    assert outcome.winner == plain.winner
+
+
+def test_what_is_never_compiled_is_not_measured() -> None:
+    """Where the time is up before a compiler is done, it is left to the budget."""
+    refused = set(candidates(SMALL)[1:])
+    device = small(3)
+    outcome = tune(SMALL, device, ready=lambda configs, left_s: [c for c in configs if c not in refused])
+    assert {config for config, _ in device.calls} == {candidates(SMALL)[0]}
+    assert outcome.winner == candidates(SMALL)[0]
 
 
 def test_a_wrong_rank_costs_no_more_than_the_rest_of_the_share() -> None:

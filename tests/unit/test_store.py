@@ -731,7 +731,8 @@ def test_configs_are_all_that_a_lookup_may_give(db):
     rng = random.Random(7)
     rows = [
         trial(rng.uniform(5, 50), c=config(n), batch=rng.choice([1, 5, 32, 200]), num_heads=rng.choice([8, 16, 64]),
-              max_kv_len=rng.choice([512, 4096, 32768]), page_size=rng.choice([16, 64]), revision=rng.choice([2, 3]))
+              max_kv_len=rng.choice([512, 4096, 32768]), page_size=rng.choice([16, 64]), revision=rng.choice([2, 3]),
+              total_kv=rng.choice([None, None, 1024, 65536]))
         for n in range(60)
     ]  # fmt: skip
     ship(rows[:30])
@@ -744,9 +745,9 @@ def test_configs_are_all_that_a_lookup_may_give(db):
     for heads in (8, 16, 24, 64):
         given = {
             found.config
-            for batch in (1, 2, 3, 5, 12, 13, 32, 80, 200) for kv in (512, 1024, 2048, 4096, 16384, 32768)
-            for hinted in (True, False)
-            if (found := look(legal, batch=batch, max_kv_len=kv, num_heads=heads, hinted=hinted))
+            for batch in (1, 2, 3, 5, 12, 13, 32, 80, 200) for kv in (512, 1024, 2048, 4096, 16384, 32768, 131072)
+            for hinted, total in ((True, None), (True, 3000), (True, 100000), (False, None))
+            if (found := look(legal, batch=batch, max_kv_len=kv, num_heads=heads, hinted=hinted, total_kv=total))
         }  # fmt: skip
         ahead = lookup.configs(problem(num_heads=heads), TARGET, legal, REVISIONS, NOW)
         assert given <= set(ahead)

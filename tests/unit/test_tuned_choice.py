@@ -36,7 +36,7 @@ def trial(config: Config = OTHER, problem: DecodeProblem = PROBLEM, us: float = 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "tuning.db"
-    with settings.scope(tuning_db=path):
+    with settings.scope(tuning_db=path, shipped_db=False):
         mla_jit.reload()
         yield path
     mla_jit.reload()
@@ -97,6 +97,22 @@ def test_a_neighbour_serves_what_lies_between_measured_shapes_and_nothing_beyond
     assert plan.choose(dataclasses.replace(PROBLEM, batch=12), HOPPER).provenance == "neighbour"
     assert plan.choose(dataclasses.replace(PROBLEM, batch=64), HOPPER).provenance == "default"
     assert plan.choose(dataclasses.replace(PROBLEM, kv_dtype="fp8_e4m3"), HOPPER).provenance == "default"
+
+
+def test_a_neighbours_splits_are_made_to_fit(database: Path) -> None:
+    """As many beside the default's as it has there: 16 sequences in 8 pieces fill what 24 in 5 do."""
+    wanted = {batch: dataclasses.replace(PROBLEM, batch=batch) for batch in (16, 24, 64)}
+    default = {batch: splitk.default(problem, HOPPER) for batch, problem in wanted.items()}
+    assert [default[batch].int("num_kv_splits") for batch in (16, 24, 64)] == [8, 5, 2]
+    half = DEFAULT.replace(num_kv_splits=4, combine_s=4)
+    fill(database, trial(half, wanted[16]), trial(half, wanted[64], us=30.0))
+    choice = plan.choose(wanted[24], HOPPER)
+    assert choice.provenance == "neighbour"
+    assert choice.config == half.replace(num_kv_splits=2)
+    assert "batch 16 for 24" in choice.why
+    assert choice.why.endswith("; num_kv_splits 4 -> 2 for these sizes")
+    unhinted = plan.choose(dataclasses.replace(PROBLEM, batch=16, max_kv_len=4096, hinted=False), HOPPER)
+    assert unhinted.config == half  # a length that is but a capacity changes nothing
 
 
 def test_a_choice_is_frozen_until_reload(database: Path, tmp_path: Path) -> None:

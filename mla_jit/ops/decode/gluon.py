@@ -121,5 +121,5 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 DECODE_SPLITK_GLUON = Variant(
     name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers,
-    offsets=splitk.workspace_offsets, space=SPACE,
+    offsets=splitk.workspace_offsets, resize=splitk.resize, space=SPACE,
 )  # fmt: skip

@@ -238,6 +238,12 @@ def _default_splits(p: DecodeProblem, target: Target, config: Config) -> int:
     return max(range(1, most + 1), key=lambda i: (round(score(i), 3), -i))
 
 
+def resize(measured: DecodeProblem, asked: DecodeProblem, target: Target, config: Config) -> Config:
+    """As many splits for the sizes asked for, beside those of `_default_splits`, as the config has where measured."""
+    there, here = (_default_splits(p, target, config) for p in (measured, asked))
+    return config.replace(num_kv_splits=max(1, round(config.int("num_kv_splits") * here / there)))
+
+
 def _alignment(p: DecodeProblem, name: str) -> str:
     group = {"q": "q", "q_pe": "q", "kv": "kv", "kpe": "kv", "out": "out"}.get(name)
     return "" if group in p.misaligned else ":16"
@@ -427,5 +433,5 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 DECODE_SPLITK_TRITON = Variant(
     name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
-    space=SPACE,
+    resize=resize, space=SPACE,
 )  # fmt: skip
