@@ -25,11 +25,17 @@ if TYPE_CHECKING:
 @click.option("--target", help="A row of configs/targets.yaml; this machine's if absent. Needs no GPU.")
 @cli_tuning._shapes
 @click.option(
-    "--margin", type=click.FloatRange(0), default=15, show_default=True,
+    "--margin",
+    type=click.FloatRange(0),
+    default=15,
+    show_default=True,
     help="Per cent by which a config must be predicted faster than the default; 3 at least.",
 )
 @click.option(
-    "--kernels", type=click.IntRange(1), default=40, show_default=True,
+    "--kernels",
+    type=click.IntRange(1),
+    default=40,
+    show_default=True,
     help="First kernels to compile at most; where they do not suffice, the rows that gain most are made.",
 )
 @click.option("--jobs", "-j", type=click.IntRange(1), help="Compilers at a time; the usable CPUs if absent.")
@@ -58,7 +64,9 @@ def predict(
         )  # fmt: skip
     predictions.write(path, found.trials, kept)
     if as_json:
-        print_json({"ok": bool(problems), **_json(found, there), "shapes": len(problems), "kept": len(kept), "file": path})
+        print_json(
+            {"ok": bool(problems), **_json(found, there), "shapes": len(problems), "kept": len(kept), "file": path}
+        )
     else:
         _show(found, there, len(problems), len(kept), path)
     return DONE if problems else SHORT

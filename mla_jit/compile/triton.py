@@ -109,23 +109,36 @@ def _definitions(path: str) -> tuple[list[str], dict[str, ast.stmt]]:
 
 @functools.cache
 def closure(path: str, function: str) -> str:
-    """The text of a module-level function with all module-level names it reaches, in file order; no line numbers."""
+    """The text of a module-level function with all module-level names it reaches, in file order; no line numbers.
+
+    What a name of another module of ours reaches stands before it, by the order of the names.
+    """
     lines, definitions = _definitions(path)
     reached: set[str] = set()
     todo = [function]
+    others: dict[str, str] = {}
     while todo:
         name = todo.pop()
         if name in reached or name not in definitions:
             continue
         reached.add(name)
-        todo += [n.id for n in ast.walk(definitions[name]) if isinstance(n, ast.Name)]
+        node = definitions[name]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mla_jit":
+            original = next(a.name for a in node.names if (a.asname or a.name) == name)
+            others[name] = closure(_path_of(node.module or ""), original)
+        todo += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
     nodes = sorted({id(definitions[n]): definitions[n] for n in reached}.values(), key=lambda n: n.lineno)
 
     def source_of(node: ast.stmt) -> str:
         first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
         return "\n".join(lines[first - 1 : node.end_lineno])
 
-    return "\n\n".join(source_of(n) for n in nodes) + "\n"
+    return "\n\n".join([*(others[name] for name in sorted(others)), *(source_of(n) for n in nodes)]) + "\n"
+
+
+def _path_of(module: str) -> str:
+    """The file of a module of ours, which is not imported for it."""
+    return str(Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py"))
 
 
 def _argument(kind: str, gluon: bool = False) -> tuple[str, list[list[Any]]]:

@@ -1,9 +1,10 @@
 """What ships for devices that nobody has measured: configs that a model and really compiled kernels put far ahead.
 
-The model (heuristic.py) has constants of one H200. Of pairs of configs that it saw at least 15 % apart there, 98 of 100
-were so ordered by their measured times; of pairs less than 6 % apart 73. So a config is taken only where it is that far
-ahead of what a call would take, and is still ahead with the target's bandwidth, matrix rate and launch cost each halved
-and doubled. Kernels go through the cache, as a call would compile them; no GPU is needed. Times in µs.
+The analytic model (heuristic.py) has constants of one H200. Of pairs of configs that it saw at least 15 % apart there,
+98 of 100 were in that order by their measured times, of pairs 3 to 6 % apart 73. So a config is taken only where it is
+that far ahead of what a call takes without a row, and is still ahead with the target's bandwidth, matrix rate and
+launch cost each halved and doubled, and if spills cost nothing. Kernels go through the cache, as a call would compile
+them; no GPU is needed. Times in µs.
 """
 
 from __future__ import annotations
@@ -12,36 +13,36 @@ import dataclasses
 import datetime as dt
 import itertools
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_jit import ahead, ops, plan
+from mla_jit import ahead, ops, plan, settings
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput, NoVariant
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import lookup, shipped, space
 from mla_jit.tuning.heuristic import predicted_us
 from mla_jit.tuning.rows import PROVENANCES, Trial, slug
+from mla_jit.tuning.store import Store
 
 PROVENANCE = PROVENANCES[-1]
-MARGIN, LEAST_MARGIN = 0.15, 0.03  # how much faster than the default; the latter whatever the target's rates
+MARGIN, LEAST_MARGIN = 0.15, 0.03  # faster than the default by; the latter also under every doubt
 MOST_KERNELS = 40  # first kernels that one `predict` compiles
 POLICY = (
-    "predicted, model v1: the analytic model, its constants fitted on one H200 and scaled by configs/targets.yaml, with "
-    "registers, shared memory and spills of the compiled first kernel; never run"
+    "predicted, never run. Model v1: heuristic.predicted_us, its constants fitted on one H200 and scaled by "
+    "configs/targets.yaml, with registers, shared memory and spills of the compiled first kernel"
 )
 _RATES = ("bandwidth_gbps", "bf16_tflops", "launch_us")
 _SIZES = ("G", "BATCH_POW2")  # constants that hardly move what a kernel uses: 8 to 128 heads, by 8 % of the registers
+_TILE = ("block_m", "block_n")
+_NOT_COMPILED = ("num_kv_splits", "min_tiles", "combine_s", "combine_h", "combine_d")  # into the first kernel
 _PROBES = 0.6  # part of the kernels that the choice may cost; the others are those of the rows
 _TRIED = 3  # kernels beside the defaults' that a kind of problem gets
 _CUTS = 24  # of a kernel's configs, by the model without its artifact
-_NOT_COMPILED = ("num_kv_splits", "min_tiles", "combine_s", "combine_h", "combine_d")  # into the first kernel
-_TILE = ("block_m", "block_n")
-_NOISE = 0.06  # by which configs differ that the model does not order reliably
 _SPILL_ROOM = 0.5  # part of the allowed spills: the same kernel with further operands spills more
 
 
@@ -61,7 +62,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Shape:
-    """A problem, what a call takes without tuning, and other configs by their first kernel, the most promising first."""
+    """A problem, what a call takes without a row, and other configs by their first kernel, the most promising first."""
 
     problem: DecodeProblem
     default: Config
@@ -71,7 +72,7 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Pick:
-    """A config that may replace a default. `gains`: the default's time over its, at the rates as they are and doubted."""
+    """A config to take instead of a default. `gains`: the default's time over its; first without, then with doubts."""
 
     shape: _Shape
     config: Config
@@ -79,10 +80,6 @@ class _Pick:
     time_us: float
     default_us: float
     gains: tuple[float, ...]
-
-    @property
-    def weight(self) -> float:
-        return math.log(self.gains[0])
 
 
 def predict(
@@ -94,31 +91,29 @@ def predict(
 
     `most_kernels` first kernels are compiled, `workers` at a time (if absent, one a usable CPU): those of the defaults
     and of what promises most; kernels that differ in heads or lanes alone stand for each other until a row is made,
-    which has figures of its own kernel. Where they do not suffice, the rows that gain most are made. Every kernel of a
-    row was compiled and is legal. A row that a lookup would take for another problem which it slows down, asked for
-    or between those asked for, is left out; `kept` are rows that will stand beside. InvalidInput for a margin that is
-    within the model's noise, and for a target without kernels.
+    which has the figures of its own. Where they do not suffice, the rows that gain most are made. Every kernel of a row
+    was compiled and is legal. Left out is a row that a lookup would take for another problem which it slows down, asked
+    for or between those asked for, beside the rows `kept`. InvalidInput for a margin that is within the model's noise,
+    and for a target without kernels.
     """
     if margin < LEAST_MARGIN:
         raise InvalidInput(f"a margin of {margin:.0%} is within the model's noise; the least is {LEAST_MARGIN:.0%}")
     if not target.triton:
         raise InvalidInput(f"{target.name} has no kernels that could be compiled ahead; `mla-tune run` measures there")
     asked = list(dict.fromkeys(problems))
-    found = _Search(target, margin, _Kernels(target, most_kernels, workers, on_built))
-    shapes = [shape for problem in asked if (shape := found.shape(problem)) is not None]
-    found.probe(shapes)
-    between = _nearest(asked)
-    picks = found.made([p for shape in shapes if (p := found.pick(shape, between[shape.problem])) is not None])
-    trials = [found.trial(pick, command) for pick in picks]
-    trials = found.harmless(trials, asked, [t for t in kept if t.provenance == PROVENANCE and t.target == target.name])
-    for trial in trials:
-        found.without.pop(trial.problem, None)
-    kernels = found.kernels
-    return Prediction(tuple(trials), found.without, len(kernels.own), kernels.combines, tuple(kernels.faults.items()))
+    search = _Search(target, margin, _Kernels(target, most_kernels, workers, on_built))
+    shapes = [shape for problem in asked if (shape := search.shape(problem)) is not None]
+    search.probe(shapes)
+    picks = search.made([pick for shape in shapes if (pick := search.pick(shape)) is not None])
+    others = [trial for trial in kept if (trial.provenance, trial.target) == (PROVENANCE, target.name)]
+    trials = search.harmless([search.trial(pick, command) for pick in picks], asked, others)
+    without = {problem: why for problem, why in search.without.items() if problem not in {t.problem for t in trials}}
+    kernels = search.kernels
+    return Prediction(tuple(trials), without, len(kernels.own), kernels.combines, tuple(kernels.faults.items()))
 
 
 class _Kernels:
-    """The first kernels that were compiled, each once: themselves, and standing for those that are like them."""
+    """The first kernels that were compiled, each once, and what stands for others that are like them."""
 
     def __init__(
         self, target: Target, most: int, workers: int | None, on_built: Callable[[ahead.Built], None] | None
@@ -129,57 +124,60 @@ class _Kernels:
         self.faults: dict[str, str] = {}
         self.combines = 0
 
-    def compile(self, wanted: Sequence[tuple[Source, DecodeProblem]], most: int | None = None) -> None:
-        """Those that are not known, as many as there is room for."""
+    def compile(self, wanted: Iterable[tuple[Source, DecodeProblem]], most: int | None = None) -> None:
+        """Those that are not known, in their order, as many as there is room for."""
         room = max(0, (self.most if most is None else most) - len(self.own))
         new = {source: problem for source, problem in wanted if source not in self.own}
         for built in self._build(dict(itertools.islice(new.items(), room))):
-            source = built.job.source
-            self.own[source] = built.artifact
-            self.alike.setdefault(_plain(source), built.artifact)
+            self.own[built.job.source] = built.artifact
+            self.alike.setdefault(_plain(built.job.source), built.artifact)
 
     def combine(self, wanted: dict[Source, DecodeProblem]) -> set[Source]:
-        """Compiles second kernels; which are not legal."""
+        """Compiles second kernels; those that are not legal."""
         built = self._build(wanted)
         self.combines += len(built)
-        return {done.job.source for done in built if done.artifact is None}
+        return {one.job.source for one in built if not one.ok}
 
     def _build(self, wanted: dict[Source, DecodeProblem]) -> list[ahead.Built]:
         jobs = [ahead.Job(self.target.name, source, problem) for source, problem in wanted.items()]
-        done = ahead.build_all(jobs, workers=self.workers, on_done=self.on_built)
-        self.faults |= {f"{one.job.source.name} {one.job.source.key[:16]}": one.error for one in done if not one.ok}
-        return sorted(done, key=lambda one: one.job.source.key)
+        built = ahead.build_all(jobs, workers=self.workers, on_done=self.on_built) if jobs else []
+        built.sort(key=lambda one: one.job.source.key)
+        self.faults |= {f"{one.job.source.name} {one.job.source.key[:16]}": one.error for one in built if not one.ok}
+        return built
 
     def like(self, source: Source) -> Artifact | None:
-        """The kernel, or one that is like it; None if there is none or it is not legal."""
+        """The kernel, else one that is like it; None if there is none that is legal."""
         return self.own.get(source) or self.alike.get(_plain(source))
 
     def known(self, source: Source) -> bool:
         return source in self.own or _plain(source) in self.alike
 
 
-def _plain(source: Source) -> Source:
-    """The kernel without what hardly moves its resources."""
-    return dataclasses.replace(source, constants=tuple(c for c in source.constants if c[0] not in _SIZES))
-
-
 class _Search:
-    """The choice for all shapes of one target."""
+    """The choice for all shapes of one target. `without` collects why problems get no row."""
 
     def __init__(self, target: Target, margin: float, kernels: _Kernels) -> None:
         self.target, self.margin, self.kernels = target, margin, kernels
         self.variants = {variant.name: variant for variant in ops.variants("decode")}
         self.doubts = list(_doubted(target))
         self.without: dict[DecodeProblem, str] = {}
-        self.times: dict[tuple[DecodeProblem, Config], float] = {}
-        self.defaults: dict[DecodeProblem, Config | None] = {}
+        self.served: dict[tuple[DecodeProblem, Config], float] = {}
 
-    def us(self, problem: DecodeProblem, config: Config, kernel: Artifact | None, target: Target | None = None) -> float:
-        return predicted_us(problem, target or self.target, self.variants[config.variant], config, kernel)
+    def us(self, problem: DecodeProblem, config: Config, kernel: Artifact | None, target: Target) -> float:
+        return predicted_us(problem, target, self.variants[config.variant], config, kernel)
+
+    def guess(self, problem: DecodeProblem, config: Config) -> float:
+        """Without a kernel."""
+        return self.us(problem, config, None, self.target)
+
+    def timed(self, problem: DecodeProblem, config: Config, kernel: Source) -> float:
+        return self.us(problem, config, self.kernels.like(kernel), self.target)
 
     def source(self, problem: DecodeProblem, config: Config) -> Source | None:
         """The first kernel; None of a host variant, which has none."""
         return next(iter(self.variants[config.variant].sources(problem, self.target, config)), None)
+
+    # ------------------------------------------------------------------------------------------ what is worth compiling
 
     def shape(self, problem: DecodeProblem) -> _Shape | None:
         """The problem with its candidates, or None, with the reason noted."""
@@ -191,159 +189,126 @@ class _Search:
         if (kernel := self.source(problem, default)) is None:
             self.without[problem] = f"{default.variant} has no kernel to compile"
             return None
-        groups: dict[object, list[Config]] = {_kernel(default): []}
+        groups: dict[object, list[Config]] = {}
         for config in space.candidates(problem, self.target, list(self.variants.values())):
-            if config != default and self._promises(config, default):
+            if config != default and _promises(config, default):
                 groups.setdefault(_kernel(config), []).append(config)
         others = {}
         for configs in groups.values():
-            configs.sort(key=lambda config: (self.us(problem, config, None), config.to_json()))
-            if configs and (source := self.source(problem, configs[0])) is not None:
+            configs.sort(key=lambda config: (self.guess(problem, config), config.to_json()))
+            if (source := self.source(problem, configs[0])) is not None:
                 others[source] = tuple(configs[:_CUTS])
         return _Shape(problem, default, kernel, others)
-
-    def _promises(self, config: Config, default: Config) -> bool:
-        """Whether the model has something to say of a candidate that holds elsewhere too.
-
-        Not of larger tiles: it promises almost twice the speed for 64 tokens instead of 32 where a like kernel was
-        measured to gain nothing (sgl-project/sglang#34580). Nor of stages where tiles are gathered, see
-        heuristic.py.
-        """
-        if any(config.int(name) > default.int(name) for name in _TILE):
-            return False
-        return config.get("tma") is not False or config.get("num_stages") == default.get("num_stages")
 
     def probe(self, shapes: Sequence[_Shape]) -> None:
         """Compiles what the choice rests on: the defaults' kernels, and for each kind of problem what promises most."""
         most = int(_PROBES * self.kernels.most)
-        self.kernels.compile(self._unlike((shape.kernel, shape.problem) for shape in shapes))
+        defaults = {_plain(shape.kernel): (shape.kernel, shape.problem) for shape in reversed(shapes)}
+        self.kernels.compile(reversed(defaults.values()))
         kinds: dict[DecodeProblem, list[_Shape]] = {}
         for shape in shapes:
             kinds.setdefault(_kind(shape.problem), []).append(shape)
         legal = dict.fromkeys(kinds, 0)
-        while True:
-            wishes = {kind: self._wish(kinds[kind]) for kind in kinds if legal[kind] < _TRIED}
-            wanted = sorted((wish for wish in wishes.values() if wish is not None), key=lambda wish: -wish[0])
-            before = len(self.kernels.own)
-            self.kernels.compile([wish[1:] for wish in wanted], most)
-            if len(self.kernels.own) == before:
+        while len(self.kernels.own) < most:
+            wishes = {kind: wish for kind in kinds if legal[kind] < _TRIED and (wish := self.wish(kinds[kind]))}
+            if not wishes:
                 return
-            for kind, wish in wishes.items():
-                legal[kind] += wish is not None and self.kernels.own.get(wish[1]) is not None
+            self.kernels.compile((wish[1:] for wish in sorted(wishes.values(), key=lambda w: (-w[0], w[1].key))), most)
+            for kind, (_, source, _) in wishes.items():
+                legal[kind] += self.kernels.own.get(source) is not None
 
-    def _unlike(self, wanted: Iterable[tuple[Source, DecodeProblem]]) -> list[tuple[Source, DecodeProblem]]:
-        """One of each that are like each other."""
-        found: dict[Source, tuple[Source, DecodeProblem]] = {}
-        for source, problem in wanted:
-            found.setdefault(_plain(source), (source, problem))
-        return list(found.values())
-
-    def _wish(self, shapes: Sequence[_Shape]) -> tuple[float, Source, DecodeProblem] | None:
-        """(how much is hoped of it, kernel, problem) of the unknown kernel that all shapes together want most."""
-        hopes: dict[Source, list[tuple[float, Source, DecodeProblem]]] = {}
+    def wish(self, shapes: Sequence[_Shape]) -> tuple[float, Source, DecodeProblem] | None:
+        """The unknown kernel of which the shapes together hope most: (how much, kernel, for which problem)."""
+        hopes: dict[Source, list[tuple[float, str, Source, DecodeProblem]]] = {}
         for shape in shapes:
-            best = min([self._timed(shape, c, s) for s, cs in self._legal(shape) for c in cs], default=math.inf)
-            best = min(best, self._timed(shape, shape.default, shape.kernel))
+            best = min([self.timed(shape.problem, c, s) for s, c in self.legal(shape)], default=math.inf)
+            best = min(best, self.timed(shape.problem, shape.default, shape.kernel))
             unknown = [
-                (self.us(shape.problem, configs[0], None), source.key, source)
+                (self.guess(shape.problem, configs[0]), source.key, source)
                 for source, configs in shape.others.items() if not self.kernels.known(source)
             ]  # fmt: skip
             if unknown and (first := min(unknown))[0] * (1 + LEAST_MARGIN) < best:
-                hopes.setdefault(_plain(first[2]), []).append((math.log(best / first[0]), first[2], shape.problem))
+                hope = math.log(best / first[0]), *first[1:], shape.problem
+                hopes.setdefault(_plain(first[2]), []).append(hope)
         if not hopes:
             return None
-        most = max(hopes.values(), key=lambda hope: (sum(one[0] for one in hope), hope[0][1].key))
-        return (sum(one[0] for one in most), *max(most, key=lambda one: (one[0], one[1].key))[1:])
+        most = max(hopes.values(), key=lambda some: (sum(one[0] for one in some), some[0][1]))
+        return sum(one[0] for one in most), *max(most, key=lambda one: one[:2])[2:]
 
-    def _legal(self, shape: _Shape) -> Iterator[tuple[Source, tuple[Config, ...]]]:
+    def legal(self, shape: _Shape) -> Iterator[tuple[Source, Config]]:
+        """The candidates whose kernels, or the like, are known to be legal."""
         for source, configs in shape.others.items():
             if (artifact := self.kernels.like(source)) is not None and _roomy(source, artifact):
-                yield source, configs
+                yield from ((source, config) for config in configs)
 
-    def _timed(self, shape: _Shape, config: Config, kernel: Source) -> float:
-        return self.us(shape.problem, config, self.kernels.like(kernel))
+    # ------------------------------------------------------------------------------------------------------- what is taken
 
-    def pick(self, shape: _Shape, between: Sequence[DecodeProblem] = ()) -> _Pick | None:
-        """What to take instead of the default: of configs that noise cannot tell apart the one that suits the problems
-        `between` best, which a lookup will serve with it; of equals the one most like the default.
-        """
-        timed = [(self._timed(shape, c, source), c, source) for source, cs in self._legal(shape) for c in cs]
-        fastest = min((time_us for time_us, *_ in timed), default=math.inf)
-        ties = [one for one in timed if one[0] <= fastest * (1 + _NOISE)]
-        harm = {config: self._harm(config, between) for _, config, _ in ties}
-        ties.sort(
-            key=lambda one: (
-                harm[one[1]], one[2] != shape.kernel, _differences(one[1], shape.default), one[0], one[1].to_json()
-            )
-        )  # fmt: skip
-        for _, config, source in ties:
-            found = self._compared(shape, config, source)
-            if self._ahead(found):
-                return found
+    def pick(self, shape: _Shape) -> _Pick | None:
+        """What to take instead of the default: of configs that noise cannot tell apart the one most like it."""
         if self.kernels.like(shape.kernel) is None:
-            self.without[shape.problem] = "the default's kernel was not compiled, or is not legal"
-        else:
-            gain = self._timed(shape, shape.default, shape.kernel) / fastest - 1
-            doubtful = "; not at other rates" if gain >= self.margin else ""
-            self.without[shape.problem] = f"the best is predicted {gain:.1%} faster than the default{doubtful}"
-        return None
+            self.without[shape.problem] = "the default's kernel is not legal, or was not compiled"
+            return None
+        timed = [(self.timed(shape.problem, config, source), config, source) for source, config in self.legal(shape)]
+        fastest = min((time_us for time_us, *_ in timed), default=math.inf)
+        ties = [one for one in timed if one[0] <= fastest * (1 + LEAST_MARGIN)]
+        ties.sort(
+            key=lambda one: (one[2] != shape.kernel, _differences(one[1], shape.default), one[0], one[1].to_json())
+        )
+        picks = [self.compared(shape, config, source) for _, config, source in ties]
+        found = next((pick for pick in picks if self.ahead(pick)), None)
+        if found is None:
+            gain = self.timed(shape.problem, shape.default, shape.kernel) / fastest - 1
+            doubt = ", but not under every doubt" if gain >= self.margin else ""
+            self.without[shape.problem] = f"the best is predicted {gain:+.1%} faster than the default{doubt}"
+        return found
 
-    def _harm(self, config: Config, problems: Iterable[DecodeProblem]) -> float:
-        """How much slower than their defaults it makes problems, all logarithms together; in steps that are no noise."""
-        found = 0.0
-        for problem in problems:
-            if (default := self._default(problem)) is not None:
-                ratio = self._served_us(problem, config) / self._served_us(problem, default)
-                found += math.log(max(1.0, ratio))
-        return round(found / math.log1p(LEAST_MARGIN))
-
-    def _compared(self, shape: _Shape, config: Config, source: Source) -> _Pick:
+    def compared(self, shape: _Shape, config: Config, source: Source) -> _Pick:
         """The config beside the default: at the rates as they are, at doubted ones, and as if spills cost nothing."""
-        default = shape.default, self.kernels.like(shape.kernel)
-        other = config, self.kernels.like(source)
-        cases = [(default, other, there) for there in self.doubts]
-        cases.append((_unspilled(default), _unspilled(other), self.target))
-        times = [[self.us(shape.problem, *one, there) for one in pair] for *pair, there in cases]
-        return _Pick(shape, config, source, times[0][1], times[0][0], tuple(a / b for a, b in times))
+        pair = (shape.default, self.kernels.like(shape.kernel)), (config, self.kernels.like(source))
+        cases = [(there, pair) for there in self.doubts]
+        cases.append((self.target, (_unspilled(*pair[0]), _unspilled(*pair[1]))))
+        times = [[self.us(shape.problem, *one, there) for one in both] for there, both in cases]
+        (default_us, time_us), *_ = times
+        return _Pick(shape, config, source, time_us, default_us, tuple(a / b for a, b in times))
 
-    def _ahead(self, pick: _Pick) -> bool:
-        known = self.kernels.like(pick.shape.kernel) is not None
-        return known and pick.gains[0] >= 1 + self.margin and min(pick.gains) >= 1 + LEAST_MARGIN
+    def ahead(self, pick: _Pick) -> bool:
+        return pick.gains[0] >= 1 + self.margin and min(pick.gains) >= 1 + LEAST_MARGIN
 
     def made(self, picks: Sequence[_Pick]) -> list[_Pick]:
         """The picks whose own kernels were compiled, are legal and leave them ahead; the most gainful kernels first."""
         weights: dict[Source, float] = {}
         for pick in picks:
-            weights[pick.kernel] = weights.get(pick.kernel, 0.0) + pick.weight
+            weights[pick.kernel] = weights.get(pick.kernel, 0.0) + math.log(pick.gains[0])
         problems = {pick.kernel: pick.shape.problem for pick in picks}
-        self.kernels.compile([(source, problems[source]) for source in sorted(weights, key=lambda s: -weights[s])])
+        order = sorted(weights, key=lambda source: (-weights[source], source.key))
+        self.kernels.compile((source, problems[source]) for source in order)
         left = []
         for pick in picks:
             artifact, problem = self.kernels.own.get(pick.kernel), pick.shape.problem
-            again = self._compared(pick.shape, pick.config, pick.kernel)
+            again = self.compared(pick.shape, pick.config, pick.kernel)
             if pick.kernel not in self.kernels.own:
                 self.without[problem] = f"{pick.gains[0] - 1:.0%} faster, but the {self.kernels.most} kernels are spent"
-            elif artifact is None or not _roomy(pick.kernel, artifact) or not self._ahead(again):
-                self.without[problem] = "what promised most is not so, or not legal, with the problem's own kernel"
+            elif artifact is None or not _roomy(pick.kernel, artifact) or not self.ahead(again):
+                self.without[problem] = (
+                    "what promised most is not legal, or not far ahead, with the problem's own kernel"
+                )
             else:
                 left.append(again)
-        return self._combined(left)
+        return self.combined(left)
 
-    def _combined(self, picks: Sequence[_Pick]) -> list[_Pick]:
+    def combined(self, picks: Sequence[_Pick]) -> list[_Pick]:
         """The picks whose further kernels compile."""
-        rest = {pick.shape.problem: self._sources(pick)[1:] for pick in picks}
-        bad = self.kernels.combine({source: problem for problem, sources in rest.items() for source in sources})
-        for pick in picks:
-            if bad.intersection(rest[pick.shape.problem]):
+        rest = [self.variants[p.config.variant].sources(p.shape.problem, self.target, p.config)[1:] for p in picks]
+        wanted = {source: p.shape.problem for p, sources in zip(picks, rest, strict=True) for source in sources}
+        bad = self.kernels.combine(wanted)
+        for pick, sources in zip(picks, rest, strict=True):
+            if bad.intersection(sources):
                 self.without[pick.shape.problem] = "the combine of what promised most is not legal"
-        return [pick for pick in picks if not bad.intersection(rest[pick.shape.problem])]
-
-    def _sources(self, pick: _Pick) -> tuple[Source, ...]:
-        return self.variants[pick.config.variant].sources(pick.shape.problem, self.target, pick.config)
+        return [pick for pick, sources in zip(picks, rest, strict=True) if not bad.intersection(sources)]
 
     def trial(self, pick: _Pick, command: str) -> Trial:
         artifact = self.kernels.own[pick.kernel]
-        assert artifact is not None, "made() has left picks with a kernel only"
+        assert artifact is not None, "`made` leaves no pick without its kernel"
         return Trial(
             problem=pick.shape.problem, config=pick.config, target=self.target.name, device=self.target.device,
             revision=self.variants[pick.config.variant].revision, median_us=round(pick.time_us, 2),
@@ -356,58 +321,83 @@ class _Search:
     # -------------------------------------------------------------------------------------- what a lookup makes of rows
 
     def harmless(self, trials: Sequence[Trial], asked: Sequence[DecodeProblem], kept: Sequence[Trial]) -> list[Trial]:
-        """As many trials as can stand together, the most gainful first, so that no lookup takes one for a problem that
-        the model says it slows down. One by one, because a row may keep a lookup from another that does harm.
+        """As many trials as can stand together, the most gainful first, so that no call gets one that the model says is
+        slower there than its default. One by one, because a row may keep a call from another that does harm.
         """
-        cases: dict[object, list[DecodeProblem]] = {}
-        for problem in _around(asked):
-            cases.setdefault(lookup._hard(problem), []).append(problem)
         taken: list[Trial] = []
-        for hard, problems in cases.items():
-            mine = [trial for trial in kept if lookup._hard(trial.problem) == hard]
-            before = self._slowed(problems, mine)
-            left = sorted((t for t in trials if lookup._hard(t.problem) == hard), key=_by_gain)
+        cases = _around(asked)
+        with tempfile.TemporaryDirectory(prefix="mla_jit-predict-") as folder:
+            before = set(self.slowed(cases, kept, Path(folder)))
+            left = sorted(
+                trials, key=lambda trial: (-(trial.default_us or 0.0) / (trial.median_us or 1.0), trial.to_json())
+            )
             while left:
-                found = []
+                kin, found = {}, []
                 for trial in left:
-                    slowed = {p: by for p, by in self._slowed(problems, [*mine, trial]).items() if p not in before}
-                    if not slowed:
-                        mine.append(trial)
-                        found.append(trial)
+                    hard = lookup._hard(trial.problem)  # rows of other kinds have no part in it
+                    if hard not in kin:
+                        kin[hard] = [problem for problem in cases if lookup._hard(problem) == hard]
+                    slowed = self.slowed(kin[hard], [*kept, *taken, trial], Path(folder))
+                    if harm := {problem: by for problem, by in slowed.items() if problem not in before}:
+                        worst = max(harm, key=lambda problem: harm[problem])
+                        self.without[trial.problem] = (
+                            f"a call of {worst} would get its row and be {harm[worst]:.0%} slower"
+                        )
                     else:
-                        worst = max(slowed, key=lambda problem: slowed[problem])
-                        self.without[trial.problem] = f"a lookup would take its row for a neighbour, {worst}, and slow "
-                        self.without[trial.problem] += f"that down by {slowed[worst]:.0%}"
-                taken += found
-                left = [trial for trial in left if trial not in found] if found else []
+                        taken.append(trial)
+                        found.append(trial)
+                left = [trial for trial in left if trial not in taken] if found else []
         return taken
 
-    def _slowed(self, problems: Iterable[DecodeProblem], rows: Sequence[Trial]) -> dict[DecodeProblem, float]:
-        """Problems for which a lookup takes another's row that is slower than their default, and by which part."""
-        shelf = _Rows(self.target, rows)
+    def slowed(
+        self, problems: Iterable[DecodeProblem], rows: Sequence[Trial], folder: Path
+    ) -> dict[DecodeProblem, float]:
+        """The problems for which a call would take another's row and be slower than with its default, and how much."""
         found = {}
-        for problem in problems:
-            row, default = shelf.of(problem), self._default(problem)
-            if row is not None and default is not None and problem != row.problem and default != row.config:
-                slower = self._served_us(problem, row.config) / self._served_us(problem, default) - 1
-                if slower > LEAST_MARGIN:
-                    found[problem] = slower
+        for problem, choice in self.calls(problems, rows, folder):
+            if choice.trial is None or choice.trial.problem == problem:
+                continue
+            default = plan.analytic(problem, self.target).config
+            by = self.served_us(problem, choice.config) / self.served_us(problem, default) - 1
+            if by > LEAST_MARGIN:
+                found[problem] = by
         return found
 
-    def _default(self, problem: DecodeProblem) -> Config | None:
-        if problem not in self.defaults:
-            try:
-                self.defaults[problem] = plan.analytic(problem, self.target).config
-            except NoVariant:
-                self.defaults[problem] = None
-        return self.defaults[problem]
+    def calls(
+        self, problems: Iterable[DecodeProblem], rows: Sequence[Trial], folder: Path
+    ) -> Iterator[tuple[DecodeProblem, plan.Choice]]:
+        """What calls take if there are these rows and no others."""
+        path = folder / f"{len(list(folder.iterdir()))}.db"
+        with Store(path) as store:
+            store.add(rows)
+        try:
+            with settings.scope(tuning_db=path, shipped_db=False):
+                lookup.forget()
+                for problem in problems:
+                    try:
+                        yield problem, plan.known(problem, self.target)
+                    except NoVariant:
+                        continue
+        finally:
+            lookup.forget()
 
-    def _served_us(self, problem: DecodeProblem, config: Config) -> float:
-        key = problem, config
-        if key not in self.times:
+    def served_us(self, problem: DecodeProblem, config: Config) -> float:
+        if (problem, config) not in self.served:
             source = self.source(problem, config)
-            self.times[key] = self.us(problem, config, None if source is None else self.kernels.like(source))
-        return self.times[key]
+            kernel = None if source is None else self.kernels.like(source)
+            self.served[problem, config] = self.us(problem, config, kernel, self.target)
+        return self.served[problem, config]
+
+
+def _promises(config: Config, default: Config) -> bool:
+    """Whether the model has something to say of a candidate that holds on other devices, too.
+
+    Not of larger tiles: for 64 tokens instead of 32 it promises almost twice the speed where a like kernel was measured
+    to gain nothing (sgl-project/sglang#34580, MI355X). Nor of stages where tiles are gathered, see heuristic.py.
+    """
+    if any(config.int(name) > default.int(name) for name in _TILE):
+        return False
+    return config.get("tma") is not False or config.get("num_stages") == default.get("num_stages")
 
 
 def _doubted(target: Target) -> Iterator[Target]:
@@ -418,11 +408,9 @@ def _doubted(target: Target) -> Iterator[Target]:
         yield dataclasses.replace(target, **rates)
 
 
-def _kind(problem: DecodeProblem) -> DecodeProblem:
-    """The problem without its sizes, but for whether a sequence has several tokens: that is another kernel."""
-    return dataclasses.replace(
-        problem, num_heads=problem.num_kv_heads, batch=1, q_len=min(problem.q_len, 2), max_kv_len=1, total_kv=None
-    )
+def _plain(source: Source) -> Source:
+    """The kernel without what hardly moves its resources."""
+    return dataclasses.replace(source, constants=tuple(c for c in source.constants if c[0] not in _SIZES))
 
 
 def _kernel(config: Config) -> tuple[object, ...]:
@@ -430,13 +418,20 @@ def _kernel(config: Config) -> tuple[object, ...]:
     return config.variant, tuple(item for item in config.items_ if item[0] not in _NOT_COMPILED)
 
 
-def _unspilled(one: tuple[Config, Artifact | None]) -> tuple[Config, Artifact | None]:
-    config, artifact = one
-    return config, None if artifact is None else dataclasses.replace(artifact, spill_bytes=0)
+def _kind(problem: DecodeProblem) -> DecodeProblem:
+    """The problem without its sizes, but for whether a sequence has several tokens: that is another kernel."""
+    q_len = min(problem.q_len, 2)
+    return dataclasses.replace(
+        problem, num_heads=problem.num_kv_heads, batch=1, q_len=q_len, max_kv_len=1, total_kv=None
+    )
 
 
 def _differences(config: Config, default: Config) -> int:
     return sum(default.get(name) != value for name, value in config.items())
+
+
+def _unspilled(config: Config, artifact: Artifact | None) -> tuple[Config, Artifact | None]:
+    return config, None if artifact is None else dataclasses.replace(artifact, spill_bytes=0)
 
 
 def _roomy(source: Source, artifact: Artifact) -> bool:
@@ -452,56 +447,21 @@ def _around(problems: Sequence[DecodeProblem]) -> list[DecodeProblem]:
         groups.setdefault(alike, []).append(problem)
     found = dict.fromkeys(problems)
     for alike, group in groups.items():
-        axes = [_with_means({getattr(p, axis) for p in group}) for axis in ("batch", "q_len", "num_heads", "max_kv_len")]
-        for batch, q_len, heads, kv in itertools.product(*axes):
+        axes = (_with_means(getattr(p, name) for p in group) for name in ("batch", "q_len", "num_heads", "max_kv_len"))
+        for (batch, q_len, heads, kv), hinted in itertools.product(itertools.product(*axes), (True, False)):
             heads -= heads % alike.num_kv_heads
-            sizes = {"batch": batch, "q_len": q_len, "num_heads": heads, "max_kv_len": bucket(kv)}
-            found |= dict.fromkeys(dataclasses.replace(alike, **sizes, hinted=hinted) for hinted in (True, False))
+            found[
+                dataclasses.replace(
+                    alike, batch=batch, q_len=q_len, num_heads=heads, max_kv_len=bucket(kv), hinted=hinted
+                )
+            ] = None
     return list(found)
 
 
-def _by_gain(trial: Trial) -> tuple[float, str]:
-    assert trial.median_us is not None, "a prediction has a time"
-    assert trial.default_us is not None, "and its default's"
-    return -trial.default_us / trial.median_us, trial.to_json()
-
-
-def _nearest(asked: Sequence[DecodeProblem]) -> dict[DecodeProblem, list[DecodeProblem]]:
-    """By problem, those between that are nearer to it, as a lookup sees it, than to all others."""
-    found: dict[DecodeProblem, list[DecodeProblem]] = {problem: [] for problem in asked}
-    shapes = {problem: lookup._Cell.of(problem).shape for problem in asked}
-    for problem in _around(asked):
-        if problem in found:
-            continue
-        shape = lookup._Cell.of(problem).shape
-        alike = [p for p in asked if lookup._hard(p) == lookup._hard(problem)]
-        found[min(alike, key=lambda p: (lookup._distance(shapes[p], shape), shapes[p]))].append(problem)
-    return found
-
-
-def _with_means(sizes: set[int]) -> list[int]:
+def _with_means(sizes: Iterable[int]) -> list[int]:
     """Sizes, and the geometric means of adjacent ones."""
-    known = sorted(sizes)
-    return sorted(sizes | {round(math.sqrt(a * b)) for a, b in itertools.pairwise(known)})
-
-
-class _Rows:
-    """What `lookup` takes of these rows, all predicted, where they are shipped."""
-
-    def __init__(self, target: Target, rows: Iterable[Trial]) -> None:
-        self.target = target
-        groups: dict[object, list[lookup._Row]] = {}
-        for row in rows:
-            groups.setdefault(lookup._hard(row.problem), []).append(lookup._Row(row, True))
-        self.pools = {hard: lookup._Pool(group) for hard, group in groups.items()}
-
-    def of(self, problem: DecodeProblem) -> Trial | None:
-        if (pool := self.pools.get(lookup._hard(problem))) is None:
-            return None
-        variants, legal = plan._rows(problem, self.target)
-        question = lookup._Question(lookup._Cell.of(problem), legal, plan._revisions(variants), plan._toolchain())
-        found = (None if problem.hinted else question.robust(pool)) or question.nearest(pool)
-        return None if found is None else found.trial
+    known = sorted(set(sizes))
+    return sorted({*known, *(round(math.sqrt(a * b)) for a, b in itertools.pairwise(known))})
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -513,21 +473,21 @@ def path_of(directory: Path, target: Target, op: str = "decode") -> Path:
 
 
 def beside(path: Path, problems: Iterable[DecodeProblem], target: Target) -> list[Trial]:
-    """The rows of a file that stay when predictions for the problems are written: what was measured, and other problems.
+    """The rows of a file that stay where predictions for the problems are written: the measured, and other problems'.
 
     InvalidInput for a file with faults.
     """
     if not path.exists():
         return []
-    kept, faults, _ = shipped._examine(path)
-    if faults:
+    if faults := shipped.check(path):
         raise InvalidInput(f"{path}: {faults[0]}; correct the file or remove it")
     asked = set(problems)
-    return [t for t in kept if t.provenance != PROVENANCE or t.target != target.name or t.problem not in asked]
+    rows = [Trial.from_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [t for t in rows if t.provenance != PROVENANCE or t.target != target.name or t.problem not in asked]
 
 
 def write(path: Path, trials: Sequence[Trial], kept: Sequence[Trial]) -> int:
-    """The file with these rows, its number of rows; no file where there are none."""
+    """Makes it the file of these rows, or none where there are none; their number."""
     if trials or kept:
         return shipped.export([*kept, *trials], path)
     path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 
-STEPS = 200  # of `crawl`, each waiting for memory
+STEPS, INTERPRETED_STEPS = 1000, 20  # of `crawl`, each waiting for memory; in the interpreter each takes milliseconds
 HOARD = 1 << 28  # bytes that the slow one wants beside what the work needs
 TOO_MUCH = 1 << 50  # bytes that no device has
 
@@ -120,13 +120,16 @@ class Fault:
             launches=lambda p, t, c: (*_later(splitk.launches(p, t, _real(c))), Launch(0, (1, 1, 1), self._args())),
             workspace_bytes=lambda p, t, c: splitk.workspace_bytes(p, t, _real(c)) + self.workspace_bytes,
             cost=lambda p, t, c: _dearer(splitk.cost(p, t, _real(c))),
-            numbers=lambda p, t, c: splitk.numbers(p, t, _real(c)) | {"steps": self.steps or 0},
+            numbers=lambda p, t, c: splitk.numbers(p, t, _real(c)) | {"steps": self._steps()},
             offsets=lambda p, t, c: splitk.workspace_offsets(p, t, _real(c)),
         )  # fmt: skip
 
     def _args(self) -> tuple[Arg, ...]:
         steps = () if self.steps is None else (Arg("i32", "steps"),)
         return tuple(Arg("ptr", name) for name in self.pointers) + steps
+
+    def _steps(self) -> int:
+        return min(self.steps or 0, INTERPRETED_STEPS if settings.interpreting() else STEPS)
 
     def _source(self, name: str, p: DecodeProblem, target: Target) -> Source:
         backend, arch, warp_size = target.triton

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import io
 import json
@@ -25,8 +26,10 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import mla_jit
-from mla_jit import cli_tuning, models, settings, target
+from mla_jit import cli_tuning, models, ops, settings, target
 from mla_jit.cli import main
+from mla_jit.compile.artifact import Source
+from mla_jit.errors import InvalidInput
 from mla_jit.problem import DecodeProblem
 from mla_jit.tuning import builds, pool, rows, schedule, search, shipped, store, sweep
 
@@ -83,25 +86,31 @@ def test_plan_says_which_models_share_a_shape() -> None:
 
 
 def test_plan_estimates_the_time_from_what_is_measured_and_compiled() -> None:
-    arguments = ("plan", "--target", "sm_90", *TWO, "--tp", "8", "--lengths", "even,ragged")
+    shapes = ("--model", "deepseek-v3", "--tp", "8", "--dtype", "bf16", "--batch", "1,64", "--kv-len", "1024")
+    arguments = ("plan", "--target", "sm_90", *shapes, "--lengths", "even,ragged")
     found = invoke_json(*arguments, "--jobs", "5")
-    first, second, ragged, *_ = rows_ = found["shapes"]
-    for row in rows_:
-        assert 16 <= row["measured"] < row["candidates"]
-        assert row["measured"] == search._count(row["candidates"])
-        assert 6 <= row["kernels"] < row["candidates"]
-    assert first["exhaustive_s"] == pytest.approx(0.021 * first["candidates"] + 0.8 + 2.5 * first["kernels"] / 5)
-    # of batch 4 some kernels are those of batch 1; of its ragged batch all are those of the even one
-    assert 0.021 * second["candidates"] + 0.8 < second["exhaustive_s"]
-    assert second["exhaustive_s"] <= 0.021 * second["candidates"] + 0.8 + 2.5 * second["kernels"] / 5
-    assert ragged["problem"]["total_kv"] is not None
-    assert ragged["exhaustive_s"] == pytest.approx(0.021 * ragged["candidates"] + 0.8)
-    assert ragged["auto_s"] == pytest.approx(0.021 * ragged["measured"] + 0.8)
+    every: set[Source] = set()
+    for row in found["shapes"]:
+        problem, where = problem_of(row), target.by_name("sm_90")
+        configs = sweep.candidates(problem, where)
+        sources = {
+            v.sources(problem, where, c)[0] for c in configs for v in ops.variants("decode") if v.name == c.variant
+        }
+        new = sources - every
+        every |= sources
+        assert (row["candidates"], row["measured"]) == (len(configs), search._count(len(configs)))
+        assert row["kernels"] == len({search._kernel(c) for c in configs}) == len(sources)
+        assert row["exhaustive_s"] == pytest.approx(0.021 * len(configs) + 0.8 + 2.5 * len(new) / 5)
+        few = 0.021 * row["measured"] + 0.8
+        assert few <= row["auto_s"] <= few + 2.5 * len(new) / 5
+        assert row["measured"] < row["candidates"]
+    assert [row["problem"]["total_kv"] is None for row in found["shapes"]] == [True, True, False]
+    assert new == set()  # of a ragged batch: those of the even one
     for how in ("auto_s", "exhaustive_s"):
-        assert found["total"][how] == pytest.approx(sum(row[how] for row in rows_))
+        assert found["total"][how] == pytest.approx(sum(row[how] for row in found["shapes"]))
     assert found["total"]["auto_s"] < found["total"]["exhaustive_s"]
     slow = invoke_json(*arguments, "--jobs", "1")["total"]
-    assert slow["auto_s"] > found["total"]["auto_s"]
+    assert slow["exhaustive_s"] - found["total"]["exhaustive_s"] == pytest.approx(2.5 * len(every) * (1 - 1 / 5))
     text = invoke(*arguments, "--jobs", "5")
     assert "0.021 s a measured config, 0.8 s a shape for its playoff, 2.5 s of a CPU a kernel" in text
     assert "estimated for one GPU and 5 kernels compiled at a time, from one NVIDIA H200, 2026-11-24" in text
@@ -203,11 +212,11 @@ def test_a_run_in_which_every_candidate_fails_is_no_success(monkeypatch: pytest.
 
 def test_a_run_by_a_plan_tunes_its_shapes_by_its_search(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    invoke("plan", *small("2"), "--lengths", "even,ragged", "--search", "exhaustive", "--out", file)
+    invoke("plan", *small("2", "64"), "--lengths", "even,ragged", "--search", "exhaustive", "--out", file)
     planned = schedule.read(file)
     found = invoke_json("run", "--plan", file)
     assert [problem_of(row) for row in found["shapes"]] == planned.problems
-    assert [row["problem"]["total_kv"] for row in found["shapes"]] == [None]  # 128 tokens are too few for ragged ones
+    assert [row["problem"]["total_kv"] for row in found["shapes"]] == [None]  # 64 tokens are too few for ragged ones
     assert (found["ok"], found["search"], found["interrupted"]) == (True, "exhaustive", False)
     (shape,) = found["shapes"]
     assert (shape["explored"], shape["skipped"]) == (planned.shapes[0].candidates, 0)
@@ -278,6 +287,15 @@ def test_without_the_gpu_that_is_asked_for_nothing_is_done(database: Path, monke
         assert list(opened.trials()) == []
 
 
+def test_gpus_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are stored for the first one's name."""
+    first = target.by_name("sm_90")
+    monkeypatch.setattr(target, "of_device", lambda kind, index: dataclasses.replace(first, device=f"Number {index}"))
+    cli_tuning._check_kind("cuda:0", first)
+    with pytest.raises(InvalidInput, match="GPU 1 is Number 1, the first one NVIDIA H200"):
+        cli_tuning._check_kind("cuda:1", first)
+
+
 def test_so_many_kernels_are_compiled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
@@ -298,10 +316,11 @@ def test_a_line_a_shape_is_said_on_stderr_and_nothing_if_quiet() -> None:
     first, second = done.stderr.splitlines()
     assert first.startswith("decode 5 heads/1 × 256+32, bf16×bf16, page 64, batch 1, q_len 1, kv<=64: nothing measured")
     assert "kv<=128: nothing measured (budget)" in second
-    assert "0 shapes tuned in 0 s, 0 finished before, 2 stopped early\n" in done.stdout
+    assert re.match(r"0 shapes tuned in \d+ s, 0 finished before, 2 stopped early\n", done.stdout)
     assert "the budget is spent; what was measured is kept. To go on: mla-tune" in done.stdout
     quiet = CliRunner().invoke(main, [*two, "--quiet"])
-    assert (quiet.exit_code, quiet.stderr, quiet.stdout) == (1, "", done.stdout)
+    assert (quiet.exit_code, quiet.stderr) == (1, "")
+    assert quiet.stdout.splitlines()[1:] == done.stdout.splitlines()[1:]
 
 
 @pytest.mark.parametrize(
@@ -318,15 +337,14 @@ def test_what_is_no_time_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("verb", ["plan", "run"])
 def test_help_says_what_each_option_does_and_its_default(verb: str) -> None:
-    command = main.commands[verb]
-    context = click.Context(command)
-    for option in command.params:
+    options = main.commands[verb].params
+    for option in options:
         assert isinstance(option, click.Option)
         assert option.help is not None
         assert option.help[0].isupper()
         assert option.help.endswith(".")
-        if option.get_default(context) not in (None, False, ()):
-            assert option.show_default, option.name
+    without = {option.name for option in options if isinstance(option, click.Option) and not option.show_default}
+    assert without == {"plan": {"model", "out", "as_json"}, "run": {"file", "model", "quiet", "as_json"}}[verb]
 
 
 @pytest.mark.parametrize(
@@ -362,6 +380,7 @@ if report := sys.argv.pop(1):
 from mla_jit.cli import main
 main()
 """
+SHORT = ("run", *small("1", "128,64"))
 LONG = ("run", *small("1,2", "64,128"))
 
 
@@ -404,7 +423,7 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 
 def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(database: Path) -> None:
-    process = start(database, *LONG, "--search", "exhaustive", "--no-resume")
+    process = start(database, *SHORT, "--no-resume")
     wait_for(lambda: database.exists() and workers_of(process.pid))
     wait_for(lambda: len(trials_of(database)) >= 3)
     workers = workers_of(process.pid)
@@ -414,9 +433,9 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(database: P
     assert "stopping after the running measurements, which are kept" in err
     assert "(interrupted: best so far)" in err
     assert "0 shapes tuned" in out
-    assert "1 stopped early, 3 not reached" in out
+    assert "1 stopped early, 1 not reached" in out
     command = out.partition("interrupted; what was measured is kept. To go on: ")[2].split()
-    assert command == ["mla-tune", *LONG, "--search", "exhaustive"]  # without --no-resume, which would begin again
+    assert command == ["mla-tune", *SHORT]  # without --no-resume, which would begin again
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     before = trials_of(database)
     assert len(before) >= 3
@@ -454,7 +473,8 @@ def test_a_finished_run_again_loads_nothing_heavy(database: Path, tmp_path: Path
     assert finish(first)[0] == 0
     for arguments in (SMALL, ("--plan", file)):
         code, out, _ = finish(start(database, "run", *arguments, report=tmp_path / "again"))
-        assert (code, "0 shapes tuned in 0 s, 1 finished before" in out) == (0, True)
+        assert code == 0
+        assert re.match(r"0 shapes tuned in \d+ s, 1 finished before\n", out)
         assert (tmp_path / "again").read_text() == ""
 
 

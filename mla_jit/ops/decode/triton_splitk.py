@@ -222,68 +222,25 @@ def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_
 
 
 @triton.jit
-def decode_splitk(
-    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
-    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+def _piece(
+    slot, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile, whole,
+    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr, kv_scale_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
-    kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
+    kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
-    lse_mul,
+    max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    BATCH_POW2: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
-    CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+    STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LSE: tl.constexpr,
     COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
 ):  # fmt: skip
+    """Block row_block of a sequence's rows (query token, head; head fastest) over its tiles [first_tile, last_tile).
+
+    `whole`: these are all its tiles, and the result goes to `out`; else to the partials of `slot`.
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
-    if PDL:
-        gdc_launch_dependents()
-    row_blocks = tl.cdiv(max_q_len * G, BLOCK_M)
-    pid = tl.program_id(0)
-    row_block = pid % row_blocks
-    kvh = (pid // row_blocks) % NUM_KV_HEADS
-    piece = pid // (row_blocks * NUM_KV_HEADS)
-    b = tl.minimum(piece // num_splits, batch - 1)
-    split = piece - b * num_splits
-    length = _lengths(
-        b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE
-    )  # on its way while the batch is looked at
-    pieces = 0
-    even = True
-    if wave > 0:
-        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
-                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
-        if not even:
-            ends = tl.cumsum(every, 0)
-            b = tl.sum(((ends <= piece) & (offs_b < batch)).to(tl.int32), 0)
-            split = piece - tl.sum(tl.where(offs_b < b, every, 0), 0)
-            pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
-            length = _lengths(b, b < batch, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
-    if (b >= batch) or (even and split >= num_splits):
-        return
-
-    if kv_indptr_ptr is None:
-        pages_ptr = table_ptr + b.to(tl.int64) * table_stride
-    else:
-        pages_ptr = table_ptr + tl.load(kv_indptr_ptr + b).to(tl.int64)
-    if qo_indptr_ptr is None:
-        q_len = max_q_len
-        q_first = b * max_q_len
-    else:
-        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
-    kv_len = _visible(length, cp_rank, cp_world, CP)
-    tiles = tl.cdiv(kv_len, BLOCK_N)
-    per_split = _even_pieces(tiles, num_splits, min_tiles)
-    if pieces > 0:
-        per_split = tl.maximum(tl.cdiv(tiles, pieces), 1)
-    first_tile = split * per_split
-    if (row_block * BLOCK_M >= q_len * G) or ((first_tile >= tiles) and (split > 0)):
-        return
-
-    # rows of this program: (query token, head), head fastest
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = offs_m < q_len * G
     tok = offs_m // G
@@ -308,7 +265,6 @@ def decode_splitk(
 
     # tiles [first_tile, clear_tile) are seen whole by every row, [clear_tile, full_tile) cross the causal diagonal,
     # and the one after full_tile, if any, is partly filled
-    last_tile = tl.minimum(first_tile + per_split, tiles)
     full_tile = tl.maximum(tl.minimum(kv_len // BLOCK_N, last_tile), first_tile)
     clear_tile = full_tile
     row_end = tl.full((BLOCK_M,), 0, tl.int32) + kv_len
@@ -361,7 +317,6 @@ def decode_splitk(
                                   kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
-    whole = tiles <= per_split
     lse = m + tl.log2(l)  # base 2; -inf for a row that saw nothing
     denominator = l
     if sinks_ptr is not None:
@@ -377,54 +332,91 @@ def decode_splitk(
         if HAS_LSE:
             tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok)
     else:
-        slot = (piece.to(tl.int64) * max_q_len + tok) * (G * NUM_KV_HEADS) + head
-        tl.store(part_ptr + slot[:, None] * C + offs_c[None, :], o, mask=ok)
-        tl.store(part_lse_ptr + slot, lse, mask=row_ok)
+        row = (slot.to(tl.int64) * max_q_len + tok) * (G * NUM_KV_HEADS) + head
+        tl.store(part_ptr + row[:, None] * C + offs_c[None, :], o, mask=ok)
+        tl.store(part_lse_ptr + row, lse, mask=row_ok)
 
 
 @triton.jit
-def combine(
-    lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
-    cp_rank, cp_world, lse_mul,
-    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BATCH_POW2: tl.constexpr,
-    PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+def decode_splitk(
+    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
+    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
+    kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+    batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
+    lse_mul,
+    G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    BATCH_POW2: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr, PDL: tl.constexpr,
+    CAUSAL: tl.constexpr, CAP: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+    COMPUTE: tl.constexpr, DECODE: tl.constexpr, Q_DECODE: tl.constexpr, QK_NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Sums the partials of BLOCK_H heads of one token and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M).
-
-    BLOCK_S pieces at a time, always in the same order. Reads the partials of the pieces that exist, writes `out` once.
-    """
-    LOG2E: tl.constexpr = 1.4426950408889634
-    COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
-    GROUPS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    if PDL:
+        gdc_launch_dependents()
+    row_blocks = tl.cdiv(max_q_len * G, BLOCK_M)
     pid = tl.program_id(0)
-    column = pid % COLUMNS
-    group = (pid // COLUMNS) % GROUPS
-    tok = (pid // (COLUMNS * GROUPS)) % max_q_len
-    b = pid // (COLUMNS * GROUPS * max_q_len)
-    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
-    tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
-    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles))
-    first = b * num_splits
+    row_block = pid % row_blocks
+    kvh = (pid // row_blocks) % NUM_KV_HEADS
+    piece = pid // (row_blocks * NUM_KV_HEADS)
+    b = tl.minimum(piece // num_splits, batch - 1)
+    split = piece - b * num_splits
+    length = _lengths(
+        b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE
+    )  # on its way while the batch is looked at
+    pieces = 0
+    even = True
     if wave > 0:
         even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
                                         cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
         if not even:
-            first = tl.sum(tl.where(offs_b < b, every, 0), 0)
+            ends = tl.cumsum(every, 0)
+            b = tl.sum(((ends <= piece) & (offs_b < batch)).to(tl.int32), 0)
+            split = piece - tl.sum(tl.where(offs_b < b, every, 0), 0)
             pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
-            used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
-    q_tok = b * max_q_len + tok
-    q_len = max_q_len
-    if qo_indptr_ptr is not None:
+            length = _lengths(b, b < batch, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    if (b >= batch) or (even and split >= num_splits):
+        return
+
+    if kv_indptr_ptr is None:
+        pages_ptr = table_ptr + b.to(tl.int64) * table_stride
+    else:
+        pages_ptr = table_ptr + tl.load(kv_indptr_ptr + b).to(tl.int64)
+    if qo_indptr_ptr is None:
+        q_len = max_q_len
+        q_first = b * max_q_len
+    else:
         q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
         q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
-        q_tok = q_first + tok
-    if (used <= 1) or (tok >= q_len):
+    kv_len = _visible(length, cp_rank, cp_world, CP)
+    tiles = tl.cdiv(kv_len, BLOCK_N)
+    per_split = _even_pieces(tiles, num_splits, min_tiles)
+    if pieces > 0:
+        per_split = tl.maximum(tl.cdiv(tiles, pieces), 1)
+    first_tile = split * per_split
+    if (row_block * BLOCK_M >= q_len * G) or ((first_tile >= tiles) and (split > 0)):
         return
-    if PDL:
-        gdc_wait()
+    last_tile = tl.minimum(first_tile + per_split, tiles)
+    _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile,
+           tiles <= per_split, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr,
+           kv_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h, q_pe_stride_t,
+           q_pe_stride_h, kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok,
+           kpe_stride_head, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, cp_rank, cp_world,
+           qk_scale, v_scale, logit_cap, lse_mul, G, NUM_KV_HEADS, MULTI, C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C,
+           BLOCK_R, STAGES, TMA, MASKED_FIRST, CAUSAL, CAP, CP, HAS_LSE, COMPUTE, DECODE, Q_DECODE,
+           QK_NATIVE)  # fmt: skip
 
+
+@triton.jit
+def _sum_pieces(
+    first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul,
+    H: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Sums slots first … first + used for BLOCK_H heads of a token and BLOCK_D columns, BLOCK_S slots at a time."""
+    LOG2E: tl.constexpr = 1.4426950408889634
     heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
     head_ok = heads < H
     row = (first.to(tl.int64) * max_q_len + tok) * H + heads
@@ -461,3 +453,49 @@ def combine(
         if column == 0:
             p_lse = lse_ptr + q_tok.to(tl.int64) * lse_stride_t + heads * lse_stride_h
             tl.store(p_lse, (shift + tl.log2(total)) * lse_mul, mask=head_ok)
+
+
+@triton.jit
+def combine(
+    lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
+    cp_rank, cp_world, lse_mul,
+    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BATCH_POW2: tl.constexpr,
+    PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Sums the partials of BLOCK_H heads of one token and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M).
+
+    BLOCK_S pieces at a time, always in the same order. Reads the partials of the pieces that exist, writes `out` once.
+    """
+    COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
+    GROUPS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    pid = tl.program_id(0)
+    column = pid % COLUMNS
+    group = (pid // COLUMNS) % GROUPS
+    tok = (pid // (COLUMNS * GROUPS)) % max_q_len
+    b = pid // (COLUMNS * GROUPS * max_q_len)
+    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
+    tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
+    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles))
+    first = b * num_splits
+    if wave > 0:
+        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
+                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
+        if not even:
+            first = tl.sum(tl.where(offs_b < b, every, 0), 0)
+            pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
+            used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
+    q_tok = b * max_q_len + tok
+    q_len = max_q_len
+    if qo_indptr_ptr is not None:
+        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
+        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+        q_tok = q_first + tok
+    if (used <= 1) or (tok >= q_len):
+        return
+    if PDL:
+        gdc_wait()
+    _sum_pieces(first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+                out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul, H, C, BLOCK_S, BLOCK_H,
+                BLOCK_D, HAS_LSE)  # fmt: skip
