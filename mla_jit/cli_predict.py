@@ -22,23 +22,17 @@ if TYPE_CHECKING:
 
 
 @click.command("predict")
-@click.option("--target", help="A row of configs/targets.yaml; this machine's if absent. Needs no GPU.")
+@click.option("--target", show_default="this machine's", help="Predict for this row of configs/targets.yaml.")
 @cli_tuning._shapes
 @click.option(
-    "--margin",
-    type=click.FloatRange(0),
-    default=15,
-    show_default=True,
-    help="Per cent by which a config must be predicted faster than the default; 3 at least.",
+    "--margin", type=click.FloatRange(0), default=15, show_default=True,
+    help="Write what is predicted to be so many per cent faster than the default; 3 at least.",
 )
 @click.option(
-    "--kernels",
-    type=click.IntRange(1),
-    default=40,
-    show_default=True,
-    help="First kernels to compile at most; where they do not suffice, the rows that gain most are made.",
+    "--kernels", type=click.IntRange(1), default=40, show_default=True,
+    help="Compile so many first kernels at most; where they do not suffice, make the rows that gain most.",
 )
-@click.option("--jobs", "-j", type=click.IntRange(1), help="Compilers at a time; the usable CPUs if absent.")
+@cli_tuning._jobs
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @verb
 def predict(
@@ -47,8 +41,8 @@ def predict(
     """Predict which configs are faster than the default, and write them as DIRECTORY/<device>/decode.jsonl.
 
     An analytic model ranks the candidates; the kernels of the best are really compiled, and their registers, shared
-    memory and spills corrected for. A row is written only where it is well ahead of the default. Rows in the file that
-    were measured stay, and are used before any that is predicted.
+    memory and spills counted. A row is written only where it is well ahead of the default. Needs no GPU. Rows of the
+    file that were measured stay; calls prefer them.
     """
     from mla_jit import target as targets
     from mla_jit.tuning import predict as predictions
@@ -111,6 +105,6 @@ def _show(found: predictions.Prediction, there: Target, shapes: int, kept: int, 
     gain = _gain(found)
     claim = "" if gain is None else f", by the model {gain:.2f} times as fast as the default (geometric mean)"
     click.echo(
-        f"{len(found.trials)} of {shapes} shapes for {there.name} ({there.device}){claim}; {found.kernels} first kernels "
-        f"and {found.combines} combines compiled, {len(found.faults)} not legal; {kept} rows kept; {path}"
+        f"{len(found.trials)} of {shapes} shapes for {there.name} ({there.device}){claim}; {found.kernels} first "
+        f"kernels and {found.combines} combines compiled, {len(found.faults)} not legal; {kept} rows kept; {path}"
     )

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.compile.child import Compiler
 from mla_jit.errors import MlaJitError
 
+_PATIENCE_S = 5.0  # that `close` has for children that were just being started
 Result = tuple[Artifact, cache.Origin] | MlaJitError
 
 
@@ -95,6 +97,11 @@ class Farm:
                 future.cancel()
             self._changed.notify_all()
         self._finalizer()
+        deadline = time.monotonic() + _PATIENCE_S
+        with self._changed:
+            while self._busy and time.monotonic() < deadline:  # with a child that was just being started
+                self._changed.wait(0.02)
+                _end(self._compilers)
 
     def __enter__(self) -> Farm:  # noqa: PYI034  # Self is of a later Python than 3.10
         return self

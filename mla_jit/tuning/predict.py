@@ -177,7 +177,7 @@ class _Search:
         """The first kernel; None of a host variant, which has none."""
         return next(iter(self.variants[config.variant].sources(problem, self.target, config)), None)
 
-    # ------------------------------------------------------------------------------------------ what is worth compiling
+    # --------------------------------------------------------------------------------------- what is worth compiling
 
     def shape(self, problem: DecodeProblem) -> _Shape | None:
         """The problem with its candidates, or None, with the reason noted."""
@@ -241,7 +241,7 @@ class _Search:
             if (artifact := self.kernels.like(source)) is not None and _roomy(source, artifact):
                 yield from ((source, config) for config in configs)
 
-    # ------------------------------------------------------------------------------------------------------- what is taken
+    # ---------------------------------------------------------------------------------------------------- what is taken
 
     def pick(self, shape: _Shape) -> _Pick | None:
         """What to take instead of the default: of configs that noise cannot tell apart the one most like it."""
@@ -443,7 +443,9 @@ def _around(problems: Sequence[DecodeProblem]) -> list[DecodeProblem]:
     """The problems, and those between their sizes, with hints and without."""
     groups: dict[DecodeProblem, list[DecodeProblem]] = {}
     for problem in problems:
-        alike = dataclasses.replace(problem, num_heads=problem.num_kv_heads, batch=1, q_len=1, max_kv_len=1)
+        alike = dataclasses.replace(
+            problem, num_heads=problem.num_kv_heads, batch=1, q_len=1, max_kv_len=1, total_kv=None
+        )
         groups.setdefault(alike, []).append(problem)
     found = dict.fromkeys(problems)
     for alike, group in groups.items():

@@ -254,7 +254,8 @@ class _Sweep:
         finally:
             for config, found_ in sorted(runs.items(), key=lambda run: run[0] not in self.asked):  # the default first
                 if config not in self.faults:
-                    self.record(config, PLAYOFF, _merged(found_), new=True)
+                    # Of one that was stopped nothing is kept: by a playoff's trials a shape is known as finished.
+                    self.record(config, PLAYOFF, _merged(found_), new=bool(self.finalists))
 
     def run(self, config: Config, effort: int) -> Measurement:
         if self.clock() >= self.deadline:

@@ -416,6 +416,17 @@ def test_closing_ends_what_runs_and_cancels_what_waits(gates: Gates) -> None:
     assert not any(content.startswith("wait") for content in gates.ended)
 
 
+@pytest.mark.parametrize("after_s", [0.0, 0.001, 0.003, 0.01])
+def test_closing_meets_children_that_are_just_being_started(after_s: float, gates: Gates) -> None:
+    compilers = Farm(2)
+    futures = [compilers.submit(source_of(f"wait never {i}")) for i in range(4)]
+    time.sleep(after_s)
+    compilers.close()
+    wait_for(lambda: not compiling_threads(), 5.0)
+    for future in futures:
+        assert future.cancelled() or isinstance(failed(future), CompilerAborted)
+
+
 def test_an_unused_farm_closes_and_leaves_no_trace() -> None:
     before = children(), threading.active_count()
     with Farm(4):

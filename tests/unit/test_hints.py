@@ -89,9 +89,9 @@ def ship(trials: list[Trial]) -> None:
 
 
 def chosen(problem: DecodeProblem) -> tuple[int, str]:
-    """(splits, provenance) of the choice; 0 splits for the default."""
+    """(splits of the row, provenance) of the choice; 0 splits for the default. A neighbour's are then made to fit."""
     choice = plan.choose(problem, HERE)
-    return 0 if choice.provenance == "default" else choice.config.int("num_kv_splits"), choice.provenance
+    return 0 if choice.trial is None else choice.trial.config.int("num_kv_splits"), choice.provenance
 
 
 def worst(splits: int, capacity: int = 1 << 30) -> float:

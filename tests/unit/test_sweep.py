@@ -157,6 +157,21 @@ def test_a_stopped_sweep_goes_on_where_it_was(database: store.Store) -> None:
     assert {config for config, _ in (*stored, *second.rounds)} == set(sweep.candidates(wanted[0], CPU))
 
 
+@pytest.mark.parametrize("before_the_end", [1, 3, 5, 7])
+def test_a_playoff_that_was_stopped_is_no_finished_shape(before_the_end: int, database: store.Store) -> None:
+    wanted = problems(2)
+    with store.Store(database.path.with_name("other.db")) as other:
+        whole = Bench()
+        run(wanted, whole, other)
+    assert whole.rounds[-before_the_end][1] == sweep.EFFORTS[sweep.LAST][0]
+    stop = threading.Event()
+    bench = Bench(stop_after=len(whole.asked) - before_the_end, stop=stop)
+    run(wanted, bench, database, stop=stop)
+    (done,) = run(wanted, Bench(), database)
+    assert done.outcome is not None
+    assert done.outcome.stopped == "done"
+
+
 def test_without_time_the_default_is_left_as_it_is(database: store.Store) -> None:
     bench = Bench()
     (done,) = run(problems(2), bench, database, budget_s=0.0)
