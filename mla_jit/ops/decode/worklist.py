@@ -1,0 +1,64 @@
+"""The work list of persistent decode on the host: what triton_persistent.py's `schedule` writes, in plain integers.
+
+For tests, for `explain`, and for the description of the list; a call makes its list on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """`info`: of each piece (sequence, first tile, last tile, pieces with tiles of its sequence: 0 for nothing to do).
+
+    Group g has the pieces groups[g] … groups[g + 1]; sequence b's partials are those of the pieces sums[b][0] …
+    sums[b][0] + sums[b][1]. `length`: of a group, in tiles.
+    """
+
+    groups: tuple[int, ...]
+    info: tuple[tuple[int, int, int, int], ...]
+    sums: tuple[tuple[int, int], ...]
+    length: int
+
+    def imbalance(self, overhead: int) -> float:
+        """The cost of the most loaded group over the mean, in tiles and `overhead` a piece."""
+        costs = [
+            sum(last - first + (overhead if last > first else 1) for _, first, last, parts in pieces if parts)
+            for pieces in (self.info[a:b] for a, b in zip(self.groups, self.groups[1:], strict=False))
+        ]
+        return max(costs) * len(costs) / max(1, sum(costs))
+
+
+def work_list(tiles: Sequence[int], groups: int, overhead: int, most_pieces: int = 1 << 20) -> WorkList:
+    """The list for sequences of so many tiles, cut among so many groups; overhead in tiles a piece.
+
+    No sequence is cut into more than most_pieces, at least 2.
+    """
+    costs = [n + overhead if n else 1 for n in tiles]
+    starts = [0]
+    for cost in costs:
+        starts.append(starts[-1] + cost)
+    length = max(-(-starts[-1] // groups), -(-max(tiles, default=0) // (most_pieces - 1)), 1)
+    info: list[tuple[int, int, int, int]] = [(-1, 0, 0, 0)] * (len(tiles) + groups)
+    sums = []
+    for b, n in enumerate(tiles):
+        group, kept = starts[b] // length, starts[b] + (overhead if n else 0)
+        first = kept // length
+        parts = (kept + n - 1) // length - first + 1 if n else 1
+        last = max(0, min((group + 1) * length - kept, n))
+        info[b + group + 1] = (b, 0, last, parts if n == 0 or last else 0)
+        sums.append((b + first + 1, parts))
+    places = []
+    for g in range(groups):
+        begin = g * length
+        before = sum(start < begin for start in starts[:-1])
+        b = max((b for b in range(len(tiles)) if starts[b] <= begin), default=-1)
+        start, n = (starts[b], tiles[b]) if b >= 0 else (-1, 0)
+        kept = start + (overhead if n else 0)
+        first, last = (max(0, min(end - kept, n)) for end in (begin, begin + length))
+        parts = (kept + n - 1) // length - kept // length + 1 if last > first and start < begin else 0
+        places.append(g + before)
+        info[g + before] = (b, first, last, parts)
+    return WorkList((*places, len(info)), tuple(info), tuple(sums), length)

@@ -1,0 +1,107 @@
+"""The work list of persistent decode: each tile once, balanced, and the same on the device as on the host."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mla_jit.ops.decode import worklist
+from mla_jit.ops.decode.worklist import work_list
+from mla_jit.tuning.grids import ragged_lens
+
+ROOT = Path(worklist.__file__).parents[3]
+
+
+def some_batch(rng: random.Random) -> tuple[list[int], int, int, int]:
+    """(tiles, groups, overhead, most pieces) of a batch: padding, one long, all alike, uniform, log-uniform."""
+    batch, kind = rng.randint(1, 80), rng.randrange(5)
+    most = rng.choice((1, 3, 20, 500))
+    tiles = [
+        0 if kind == 0 else most if kind == 1 else rng.randint(0, most) if kind == 2 else int(most ** rng.random())
+        for _ in range(batch)
+    ]
+    if kind == 4:
+        tiles[rng.randrange(batch)] = 2000
+        tiles[batch // 2 :] = [0] * (batch - batch // 2)
+    return tiles, rng.choice((1, 2, 7, 33, 66, 132, 264)), rng.randint(0, 8), rng.choice((2, 3, 16, 1 << 20))
+
+
+def check(tiles: list[int], groups: int, overhead: int, most_pieces: int) -> None:
+    found = work_list(tiles, groups, overhead, most_pieces)
+    assert len(found.info) == len(tiles) + groups
+    assert found.groups[0] == 0
+    assert list(found.groups) == sorted(found.groups)
+    seen: dict[int, list[tuple[int, int, int]]] = {}
+    for place, (b, first, last, parts) in enumerate(found.info):
+        if parts:
+            seen.setdefault(b, []).append((first, last, place))
+            assert parts == found.sums[b][1]
+    for b, n in enumerate(tiles):
+        pieces = seen[b]  # an empty sequence too is written by one
+        assert [first for first, _, _ in pieces] == [0, *(last for _, last, _ in pieces[:-1])]
+        assert pieces[-1][1] == n
+        assert n == 0 or all(last > first for first, last, _ in pieces)
+        assert len(pieces) <= most_pieces
+        start, count = found.sums[b]
+        assert [place for _, _, place in pieces] == list(range(start, start + count))
+    for a, b in zip(found.groups, found.groups[1:], strict=False):
+        pieces_of = [info for info in found.info[a:b] if info[3]]
+        assert sum(last - first for _, first, last, _ in pieces_of) <= found.length
+        begun = sum(overhead for _, first, last, _ in pieces_of if first == 0 < last)
+        assert sum(last - first for _, first, last, _ in pieces_of) + begun <= found.length + overhead
+
+
+def test_each_tile_of_ten_thousand_batches_is_in_one_piece() -> None:
+    rng = random.Random(0)
+    for _ in range(10_000):
+        check(*some_batch(rng))
+
+
+def test_log_uniform_lengths_are_balanced() -> None:
+    tiles = [-(-n // 64) for n in ragged_lens()]
+    for groups in (66, 132):
+        assert work_list(tiles, groups, 5).imbalance(5) <= 1.10
+
+
+def test_padding_costs_nearly_nothing() -> None:
+    tiles = [64] * 128
+    padded = work_list(tiles + [0] * 128, 132, 5)
+    assert padded.length <= work_list(tiles, 132, 5).length * 1.02
+
+
+KERNEL = """
+import os, random, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+from mla_jit.ops.decode import triton_persistent as kernels
+from mla_jit.ops.decode.worklist import work_list
+sys.path.insert(0, {tests!r})
+from test_worklist import some_batch
+rng = random.Random({seed})
+for _ in range({count}):
+    tiles, groups, overhead, most_pieces = some_batch(rng)
+    lens = torch.tensor([max(0, 64 * n - rng.randrange(64)) if n else 0 for n in tiles], dtype=torch.int32)
+    shapes = (groups + 1,), (len(tiles) + groups, 4), (len(tiles), 2)
+    made = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
+    kernels.schedule[(1,)](
+        lens, None, None, *made, len(tiles), groups, overhead, most_pieces, 0, 1,
+        PAGE=64, BLOCK_N=64, CP=False, HAS_LENS=True, CHUNK=32, GROUPS=max(16, 1 << (groups - 1).bit_length()),
+    )
+    want = work_list(tiles, groups, overhead, most_pieces)
+    assert made[0].tolist() == list(want.groups), (tiles, groups, overhead)
+    assert made[1].tolist() == [list(x) for x in want.info], (tiles, groups, overhead)
+    assert made[2].tolist() == [list(x) for x in want.sums], (tiles, groups, overhead)
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_device_makes_the_same_list(seed: int) -> None:
+    code = KERNEL.format(tests=str(Path(__file__).parent), seed=seed, count=40)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "equal\n"
