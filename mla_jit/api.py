@@ -64,7 +64,7 @@ def decode(
     kv_scale: Tensor | float | None = None, cp_rank: int = 0, cp_world: int = 1, metadata: None = None,
     workspace: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     out_dtype: torch.dtype | None = None, return_lse: bool = False, lse_base: str = "e",
-    num_kv_splits: int | None = None, batch_invariant: bool = False,
+    num_kv_splits: int | None = None, batch_invariant: bool = False, scheduler: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Multi-head latent attention of a few query tokens a sequence over a paged latent cache (absorbed form).
 
@@ -100,6 +100,9 @@ def decode(
         num_kv_splits: split slots a sequence; the tuner's choice if absent.
         batch_invariant: cut sequences independently of the batch, so that a result is bit-equal alone or in a batch,
             for one q_len (max_q_len, if ragged). Its workspace grows with the capacity; max_kv_len bounds it.
+        scheduler: "split", every sequence has split slots; "persistent", one resident wave of programs runs a work list
+            that a kernel makes of the lengths, for ragged batches on GPUs; "auto", the tuner's choice. The CPU has no
+            schedulers and serves all alike.
 
     Returns:
         out, or (out, lse) with return_lse. The same inputs always give the same bits.
@@ -120,7 +123,7 @@ def decode(
             workspace=workspace,
             out=out, lse=lse, out_dtype=out_dtype, return_lse=return_lse, lse_base=lse_base,
             num_kv_splits=num_kv_splits,
-            batch_invariant=batch_invariant,
+            batch_invariant=batch_invariant, scheduler=scheduler,
         )  # fmt: skip
     # The key holds all that the binding below depends on: shapes, strides, dtypes, devices, alignment, flags.
     try:
@@ -147,7 +150,7 @@ def decode(
             None if total_kv is None else (total_kv - 1).bit_length(), None if out is None else _out_key(out),
             None if lse is None else _out_key(lse), kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank,
             cp_world,
-            out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, metadata,
+            out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, scheduler, metadata,
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(
@@ -165,6 +168,7 @@ def decode(
             q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, out=out, lse=lse,
             out_dtype=out_dtype,
             return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
+            scheduler=scheduler,
         ))  # fmt: skip
     if out is None:
         out = call.allocate(call.out_shape, call.out_strides, call.out_dtype)

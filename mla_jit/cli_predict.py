@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 @click.option(
     "--margin", type=click.FloatRange(0), default=15, show_default=True,
     help="Write what is predicted to be so many per cent faster than the default; 3 at least.",
-)
+)  # fmt: skip
 @click.option(
     "--kernels", type=click.IntRange(1), default=40, show_default=True,
     help="Compile so many first kernels at most; where they do not suffice, make the rows that gain most.",
-)
+)  # fmt: skip
 @cli_tuning._jobs
 @click.argument("directory", type=click.Path(path_type=Path, file_okay=False))
 @verb

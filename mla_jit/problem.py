@@ -15,6 +15,7 @@ from mla_jit import dtypes
 from mla_jit.errors import InvalidInput
 from mla_jit.layouts import LAYOUTS
 
+SCHEDULERS = ("auto", "split", "persistent")
 ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk copy's base
 
 
@@ -50,7 +51,7 @@ class DecodeProblem(Problem):
     (page · page_size + slot) · token stride, as a bulk copy needs), index64 (page table or lengths are int64).
     How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity), hinted
     (max_kv_len or total_kv came from the caller), total_kv (or None), num_kv_splits (the caller's wish, or None),
-    batch_invariant.
+    batch_invariant, scheduler (the caller's wish: "auto", "split" or "persistent").
     """
 
     op: str = "decode"
@@ -84,6 +85,7 @@ class DecodeProblem(Problem):
     total_kv: int | None = None
     num_kv_splits: int | None = None
     batch_invariant: bool = False
+    scheduler: str = "auto"
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -101,6 +103,7 @@ class DecodeProblem(Problem):
             _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
         _check(self.layout in LAYOUTS, f"layout {self.layout!r} is unknown; known: {', '.join(LAYOUTS)}")
         _check(self.paging in ("table", "csr"), f"paging {self.paging!r} is unknown; use 'table' or 'csr'")
+        _check(self.scheduler in SCHEDULERS, f"scheduler {self.scheduler!r} is unknown; use {', '.join(SCHEDULERS)}")
         _check(
             self.num_kv_splits is None or self.num_kv_splits >= 1,
             f"num_kv_splits is {self.num_kv_splits}; it must be at least 1, or None to let the tuner choose",

@@ -23,7 +23,7 @@ _INPUTS = (
     "Tensor? kv_last_page_lens=None, Tensor? qo_indptr=None, SymInt? max_q_len=None, SymInt? max_kv_len=None, "
     "SymInt? total_kv=None, bool causal=True, float logit_cap=0.0, Tensor? sinks=None, Tensor? q_scale=None, "
     "float? q_scale_value=None, Tensor? kv_scale=None, float? kv_scale_value=None, int cp_rank=0, int cp_world=1, "
-    'str lse_base="e", SymInt? num_kv_splits=None, bool batch_invariant=False'
+    'str lse_base="e", SymInt? num_kv_splits=None, bool batch_invariant=False, str scheduler="auto"'
 )
 SCHEMAS = {
     "decode": f"decode({_INPUTS}, ScalarType? out_dtype=None) -> (Tensor out, Tensor lse)",

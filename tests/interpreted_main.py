@@ -1,7 +1,7 @@
 """Runs decode cases through the Triton kernels in Triton's interpreter; a process of its own (TRITON_INTERPRET=1).
 
     TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--sms 3] [--dtype fp16] [--only TEXT]
-        [--part I/N] [--stop] [name=value …]
+        [--part I/N] [--stop] [--variant NAME] [name=value …]
 
 What is launched is what the variant's row says: sources, launches, workspace and offsets of its own default config,
 with the tunables given as name=value changed. The first line of JSON names the package that was tested; each case
@@ -23,46 +23,50 @@ import cases
 import torch
 
 import mla_jit
+from mla_jit import ops
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch import interpreter
 from mla_jit.launch.base import Binding
 from mla_jit.ops.decode.inputs import decode_inputs
-from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON as VARIANT
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target, by_name
 
 RED = 1 << 20  # bytes on each side of the workspace
 
 
 def decode(
-    call: cases.Call, target: Target, changes: dict[str, Any]
+    call: cases.Call, variant: Variant, target: Target, changes: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None, Config]:
     """The call's (out, lse) from interpreted kernels. AssertionError if they write beside the workspace."""
     inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
     problem = inputs.problem
-    config = VARIANT.default(problem, target).replace(pdl=False)
+    config = variant.default(problem, target)
+    if "pdl" in config:
+        config = config.replace(pdl=False)
     for name, value in changes.items():  # those that this case can have
-        if VARIANT.rejects(problem, target, config.replace(**{name: value})) is None:
+        if variant.rejects(problem, target, config.replace(**{name: value})) is None:
             config = config.replace(**{name: value})
-    if (reason := VARIANT.rejects(problem, target, config)) is not None:
+    if (reason := variant.rejects(problem, target, config)) is not None:
         raise AssertionError(f"{call.case.id} is refused: {reason}")
     out, lse = inputs.tensors["out"], inputs.tensors["lse"]
     if out is None:
         out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
     if lse is None and problem.lse:
         lse = torch.full(inputs.out_shape[:-1], float("nan"))
-    size = VARIANT.workspace_bytes(problem, target, config)
+    size = variant.workspace_bytes(problem, target, config)
     memory = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
     tensors = {**inputs.tensors, "out": out, "lse": lse}
     places = {
-        name: memory.data_ptr() + RED + offset for name, offset in VARIANT.offsets(problem, target, config).items()
+        name: memory.data_ptr() + RED + offset for name, offset in variant.offsets(problem, target, config).items()
     }
 
-    binding = Binding({**inputs.binding.numbers, **VARIANT.numbers(problem, target, config)}, inputs.binding.views)
+    binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
     bf16 = "bf16" in (problem.q_dtype, problem.kv_dtype)
     constants = {"COMPUTE": "tl:float32", "QK_NATIVE": False} if bf16 else {}
     bound = interpreter.bind(
-        VARIANT.sources(problem, target, config), VARIANT.launches(problem, target, config), binding, constants
+        variant.sources(problem, target, config), variant.launches(problem, target, config), binding, constants
     )
     pointers = [
         (places[name] if name in places else tensors[name].data_ptr()) + offset for name, offset in bound.operands
@@ -80,6 +84,13 @@ def interpretable(case: cases.Case, dtype: str) -> cases.Case:
     return dataclasses.replace(case, out_dtype="fp32") if cases.out_dtype(case) == "bf16" else case
 
 
+def of_variant(case: cases.Case, variant: Variant) -> cases.Case:
+    """The case without wishes that only split slots can serve, where the variant has none."""
+    if "num_kv_splits" in variant.default(DecodeProblem(num_heads=1), by_name("sm_80")):
+        return case
+    return dataclasses.replace(case, num_kv_splits=None, batch_invariant=False)
+
+
 def say(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
@@ -93,22 +104,24 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose id contains this")
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
+    parser.add_argument("--variant", default="decode_splitk_triton")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
     say({"package": str(Path(mla_jit.__file__).parent)})
+    variant = next(v for v in ops.variants("decode") if v.name == options.variant)
     target = dataclasses.replace(by_name(options.target), sms=options.sms)
     failures = 0
     first, step = map(int, options.part.split("/"))
     for case in cases.SMALL[first::step]:
-        case = interpretable(case, options.dtype)
+        case = of_variant(interpretable(case, options.dtype), variant)
         if options.only not in case.id:
             continue
         started = time.perf_counter()
         call = cases.build(case)
         line: dict[str, Any] = {"case": case.id}
         try:
-            out, lse, config = decode(call, target, changes)
+            out, lse, config = decode(call, variant, target, changes)
             line["config"] = str(config)
             figures = cases.check(call, out, lse)
             line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error}

@@ -17,7 +17,8 @@ def variants(op: str) -> tuple[Variant, ...]:
     if op == "decode":
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON
+        from mla_jit.ops.decode.persistent import DECODE_PERSISTENT_TRITON
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
-        return (DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_BLOCKED_CPU)
+        return (DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU)
     raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}")

@@ -2,7 +2,8 @@
 
 Its constants are fitted to times on one H200 (the README's table, and sweeps of the combine's tile, stages, block_n and
 min_tiles), in µs there; on other targets they scale with what their rows in configs/targets.yaml say. Nothing chooses
-by these times but the order in which candidates are measured. Imports neither torch nor triton.
+by these times but the order in which candidates are measured and, with great reserve, predict.py. Imports neither torch
+nor triton.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def _stage1(
 def _gathered(p: DecodeProblem, config: Config, artifact: Artifact) -> int:
     """Gathered tiles that a compiled kernel may have in flight: as its shared memory has copies, beside the queries.
 
-    Triton does not pipeline gathers through a page table: on three targets shared memory was the same at 1 (2) to 4
-    stages, and the machine code at 3 and 4 equal.
+    Triton does not pipeline gathers through a page table: with 2, 3 and 4 stages kernels have the same shared memory,
+    and on the H200 took the same time.
     """
     latent, rope = bucket(max(16, p.kv_lora_rank)), bucket(p.rope_dim)
     queries = config.int("block_m") * (latent + rope) * 2

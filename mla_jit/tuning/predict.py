@@ -249,7 +249,10 @@ class _Search:
             self.without[shape.problem] = "the default's kernel is not legal, or was not compiled"
             return None
         timed = [(self.timed(shape.problem, config, source), config, source) for source, config in self.legal(shape)]
-        fastest = min((time_us for time_us, *_ in timed), default=math.inf)
+        if not timed:
+            self.without[shape.problem] = "no other config promises more than the default"
+            return None
+        fastest = min(time_us for time_us, *_ in timed)
         ties = [one for one in timed if one[0] <= fastest * (1 + LEAST_MARGIN)]
         ties.sort(
             key=lambda one: (one[2] != shape.kernel, _differences(one[1], shape.default), one[0], one[1].to_json())
@@ -392,10 +395,10 @@ class _Search:
 def _promises(config: Config, default: Config) -> bool:
     """Whether the model has something to say of a candidate that holds on other devices, too.
 
-    Not of larger tiles: for 64 tokens instead of 32 it promises almost twice the speed where a like kernel was measured
+    Not of other variants than the default's. Not of larger tiles: for 64 tokens instead of 32 it promises almost twice the speed where a like kernel was measured
     to gain nothing (sgl-project/sglang#34580, MI355X). Nor of stages where tiles are gathered, see heuristic.py.
     """
-    if any(config.int(name) > default.int(name) for name in _TILE):
+    if config.variant != default.variant or any(config.int(name) > default.int(name) for name in _TILE):
         return False
     return config.get("tma") is not False or config.get("num_stages") == default.get("num_stages")
 

@@ -63,9 +63,15 @@ def _version_1(db: Database) -> None:
     db.execute(db.create_table_sql("trials", columns, pk="id", not_null=set(columns) - _NULLABLE - {"id"}))
     db.execute("CREATE UNIQUE INDEX trials_content ON trials (content)")
     db.execute("CREATE INDEX trials_device_op ON trials (device, op, num_heads, batch, max_kv_len)")
+    _make_best(db, tuple(_PROBLEM_1))
+
+
+def _make_best(db: Database, problem: tuple[str, ...]) -> None:
+    """The view, for a table in which a problem has these columns."""
     # Of a problem on a device: of each variant only its newest revision; predictions after all measurements, and the
     # search's short ones after the playoff's.
-    group = ", ".join((*_PROBLEM_1, "target", "device"))
+    columns = ("id", "content", *problem, "variant", "config", *_TRIAL_1)
+    group = ", ".join((*problem, "target", "device"))
     newest = f"max(revision) OVER (PARTITION BY {group}, variant, provenance = 'predicted')"
     good = f"SELECT *, {newest} AS newest FROM trials WHERE status = '{OK}'"
     order = "provenance = 'predicted', effort DESC, median_us, config, content"
@@ -85,9 +91,16 @@ def _version_1(db: Database) -> None:
     db.execute(f"CREATE VIEW best AS SELECT {', '.join(columns)} FROM ({ties}) WHERE place = 1")
 
 
+def _version_2(db: Database) -> None:
+    """A problem's scheduler; older rows asked for none."""
+    db.execute("ALTER TABLE trials ADD COLUMN scheduler TEXT NOT NULL DEFAULT 'auto'")
+    db.execute("DROP VIEW best")
+    _make_best(db, (*_PROBLEM_1, "scheduler"))
+
+
 # The function at place n takes a database of version n to n + 1; the version stands in PRAGMA user_version. They run in
 # one transaction, so by `execute`: what else changes a schema in sqlite-utils 3 commits.
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1,)
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2)
 
 PROBLEM_COLUMNS = tuple(f.name for f in dataclasses.fields(DecodeProblem))
 _TRIAL = tuple(f.name for f in dataclasses.fields(Trial) if f.name not in ("problem", "config"))

@@ -40,6 +40,16 @@ RUNS = {
     "tma": ("--target=sm_90", "--part=1/3", "block_n=16", "tma=true", "masked_first=false"),
     "bf16, wide rows, tma": ("--target=sm_90", "--part=2/3", "--dtype=bf16", "block_n=16", "block_m=64", "tma=true"),
     "gfx942": ("--target=gfx942", "--part=0/4", "block_n=64"),
+    "persistent": ("--variant=decode_persistent_triton", "--target=sm_80", "waves=2"),
+    "persistent, few groups": ("--variant=decode_persistent_triton", "--target=sm_80", "--sms=1", "--part=0/3"),
+    "persistent, tma": (
+        "--variant=decode_persistent_triton",
+        "--target=sm_90",
+        "--part=1/3",
+        "block_n=16",
+        "tma=true",
+        "overhead=2",
+    ),
 }
 
 

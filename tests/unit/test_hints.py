@@ -94,6 +94,12 @@ def chosen(problem: DecodeProblem) -> tuple[int, str]:
     return 0 if choice.trial is None else choice.trial.config.int("num_kv_splits"), choice.provenance
 
 
+def taken(choice: plan.Choice) -> Config:
+    """The config of the row that a choice rests on."""
+    assert choice.trial is not None
+    return choice.trial.config
+
+
 def worst(splits: int, capacity: int = 1 << 30) -> float:
     """The worst ratio of a config to the fastest, over the cases up to a capacity."""
     return max(column[splits] / min(column.values()) for (kv, _), column in TIMES.items() if kv <= capacity)
@@ -118,9 +124,9 @@ def test_the_longest_length_and_the_tokens_are_known(database: Path) -> None:
     assert chosen(asked(4096, 8 * 4096)) == (4, "measured")  # all as long as the bound
     assert chosen(asked(4096, 8 * 9999)) == (4, "measured")  # no more than that
     near, far = plan.choose(asked(4096, 8 * 128), HERE), plan.choose(asked(4096, 8 * 2048), HERE)
-    assert (near.config, near.provenance) == (config(16), "neighbour")
+    assert (taken(near), near.provenance) == (config(16), "neighbour")
     assert "mean length 512 for 128" in near.why
-    assert (far.config, far.provenance) == (config(4), "neighbour")  # an even batch is nearer than one of mean 512
+    assert (taken(far), far.provenance) == (config(4), "neighbour")  # an even batch is nearer than one of mean 512
     assert "mean length 4096 for 2048" in far.why
 
 
@@ -162,7 +168,7 @@ def test_one_length_measured_is_all_that_is_known_of_a_capacity(database: Path) 
     fill(database, rows({(4096, None): TIMES[4096, None]}))
     assert chosen(unhinted(4096)) == (4, "measured")
     found = plan.choose(unhinted(131072), HERE)
-    assert (found.config, found.provenance) == (config(4), "neighbour")
+    assert (taken(found), found.provenance) == (config(4), "neighbour")
     assert "kv 4096 for 131072" in found.why
     assert chosen(unhinted(2048)) == (0, "default")
     assert chosen(asked(131072)) == (0, "default")  # a length that is known is beyond what was measured
@@ -235,9 +241,9 @@ def test_rows_that_are_illegal_here_give_way_to_the_next_batch_and_then_to_the_d
     assert BASE["tma"]
     assert splitk.rejects(asked(4096, **here), HERE, config(4)) is not None
     found = plan.choose(unhinted(131072, **here), HERE)
-    assert (found.config, found.provenance) == (config(8, tma=False, block_n=16), "neighbour")
+    assert (taken(found), found.provenance) == (config(8, tma=False, block_n=16), "neighbour")
     assert "page_size 64 for 16" in found.why
-    assert plan.choose(asked(4096, **here), HERE).config == config(4, tma=False, block_n=16)
+    assert taken(plan.choose(asked(4096, **here), HERE)) == config(4, tma=False, block_n=16)
     assert chosen(unhinted(131072, page_size=16, num_heads=32)) == (0, "default")
 
 

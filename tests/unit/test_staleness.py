@@ -2,10 +2,10 @@
 
     python tests/unit/test_staleness.py --record
 
-writes tests/golden/templates.json: of each variant its revision, the SHA-256 of its templates' text, and `alike`, true
-where shipped rows of this revision may have been measured with another text that was said to take the same time. That a
-stale row serves as "stale" at run time, never as "measured", is tested in test_store.py, test_tuned_choice.py and
-test_hints.py.
+writes tests/golden/templates.json: of each variant its revision, the SHA-256 of its templates' text, and `alike`, the
+kernels (source_hash) of shipped rows of this revision that came of an earlier text and are said to take the same time.
+That a stale row serves as "stale" at run time, never as "measured", is tested in test_store.py, test_tuned_choice.py
+and test_hints.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mla_jit import ops, plan, target
 from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.ops.decode import blocked_cpu, gluon, splitk
+from mla_jit.ops.decode import blocked_cpu, splitk
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.tuning import shipped
@@ -59,8 +59,9 @@ def text(variant: Variant) -> str:
         for where in map(target.by_name, TARGETS):
             config = variant.default(problem, where)
             if variant.rejects(problem, where, config) is None:
-                cut = config.replace(num_kv_splits=4)  # so that there is a combine
-                found |= {(source.name, source.content) for source in variant.sources(problem, where, cut)}
+                if "num_kv_splits" in config:  # so that there is a combine
+                    config = config.replace(num_kv_splits=4)
+                found |= {(source.name, source.content) for source in variant.sources(problem, where, config)}
     assert found, f"{variant.name} accepts none of PROBLEMS on TARGETS; add one that it does"
     return json.dumps(sorted(found))
 
@@ -106,16 +107,14 @@ def changes(now: Templates, before: Templates) -> Iterator[str]:
 
 
 def record(root: Path = ROOT, golden: Path = GOLDEN) -> None:
-    """Writes what there is now. `alike`: a text that changed without its revision, or shipped rows of other kernels."""
-    before: Templates = json.loads(golden.read_text(encoding="utf-8")) if golden.exists() else {}
+    """Writes what there is now; the rows that are shipped now are said to be of it."""
     now = today()
-    others = {name for _, name in foreign(root, now)}
-    for op, variants in now.items():
-        for name, new in variants.items():
-            old = before.get(op, {}).get(name, {})
-            same = old.get("revision") == new["revision"]
-            changed = same and (old["alike"] or old["sha256"] != new["sha256"])
-            new["alike"] = bool(changed or name in others)
+    for variants in now.values():
+        for new in variants.values():
+            new["alike"] = []
+    for _, trial in foreign(root, now):
+        alike = now[trial.op][trial.variant]["alike"]
+        alike[:] = sorted({*alike, trial.source_hash})
     golden.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -158,13 +157,13 @@ def source_hash(trial: Trial) -> str:
     return dataclasses.replace(source, toolchain_version=trial.toolchain).key[:16]
 
 
-def foreign(root: Path, now: Templates) -> Iterator[tuple[str, str]]:
-    """(where, variant) of rows that claim the current revision and have another kernel than it gives."""
+def foreign(root: Path, now: Templates) -> Iterator[tuple[str, Trial]]:
+    """(where it stands, row) of rows that claim the current revision and have another kernel than it gives."""
     for path in files(root):
         for place, trial in trials(path):
             current = trial.revision == now.get(trial.op, {}).get(trial.variant, {}).get("revision")
             if current and illegal(trial) is None and trial.source_hash not in ("", source_hash(trial)):
-                yield place, trial.variant
+                yield place, trial
 
 
 def bad_rows(root: Path, now: Templates, before: Templates) -> Iterator[str]:
@@ -183,9 +182,8 @@ def bad_rows(root: Path, now: Templates, before: Templates) -> Iterator[str]:
                 yield f"{place}: claims revision {trial.revision}, {trial.variant} is at {new['revision']}"
             elif trial.revision == old.get("revision") == new["revision"] and old["sha256"] != new["sha256"]:
                 yield f"{place}: claims revision {trial.revision}, whose template was another; see the variant's fault"
-    allowed = {name for variants in before.values() for name, old in variants.items() if old["alike"]}
-    for place, name in foreign(root, now):
-        if name not in allowed:
+    for place, trial in foreign(root, now):
+        if trial.source_hash not in before.get(trial.op, {}).get(trial.variant, {}).get("alike", ()):
             yield (
                 f"{place}: claims today's revision, but its source_hash is of another kernel. Measure it again, or, if "
                 f"what has changed since cannot alter times, record that: {RECORD}"
@@ -199,13 +197,6 @@ def test_every_change_of_a_template_is_recorded() -> None:
     assert list(changes(today(), recorded())) == []
 
 
-def test_the_record_is_as_it_is_written(tmp_path: Path) -> None:
-    golden = tmp_path / "templates.json"
-    golden.write_bytes(GOLDEN.read_bytes())
-    record(golden=golden)
-    assert golden.read_bytes() == GOLDEN.read_bytes()
-
-
 def test_every_shipped_row_is_legal_and_of_the_revision_that_it_claims() -> None:
     found = list(bad_rows(ROOT, today(), recorded()))
     assert not found, f"{len(found)} faults, the first: {found[:10]}"
@@ -214,35 +205,42 @@ def test_every_shipped_row_is_legal_and_of_the_revision_that_it_claims() -> None
 # ------------------------------------------------------------------------------------------------ what would be noticed
 
 
+def read_instead(patch: pytest.MonkeyPatch, directory: Path) -> None:
+    """Templates are read from files of this directory, where it has one of the same name."""
+    real = triton.closure
+
+    def closure(path: str, function: str) -> str:
+        other = directory / Path(path).name
+        return real(str(other) if other.exists() else path, function)
+
+    patch.setattr(triton, "closure", closure)
+
+
 def test_nothing_of_the_machine_is_in_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another compiler, another place of the file, other line numbers."""
     before = today()
-    for module in (splitk, gluon):
-        path = Path(module._PATH)
-        moved = tmp_path / path.name
-        moved.write_text("# a line\n\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
-        monkeypatch.setattr(module, "_PATH", str(moved))
+    for path in Path(splitk.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_text("# a line\n\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    read_instead(monkeypatch, tmp_path)
     monkeypatch.setattr(triton, "version", lambda: "triton 0.0")
     assert today() == before
 
 
 @pytest.mark.parametrize(("file", "old", "new", "changed"), [
-    ("triton_splitk.py", "LOG2E: tl.constexpr = 1.4426950408889634", "LOG2E: tl.constexpr = 1.5",
-     {"decode_splitk_triton", "decode_splitk_gluon"}),  # the combine is of both
+    ("triton_splitk.py", "# an online softmax over pieces", "#", {"decode_splitk_triton", "decode_splitk_gluon"}),
     ("triton_splitk.py", "tl.trans(k_pe), s)", "tl.trans(k_pe), s) + 0", {"decode_splitk_triton"}),
     ("gluon_splitk.py", "def decode_splitk_gluon(", "def decode_splitk_gluon(\n    # here\n", {"decode_splitk_gluon"}),
-])  # fmt: skip
+], ids=["of the combine, which is of both", "of the first kernel", "of Gluon's"])  # fmt: skip
 def test_a_changed_template_is_told(
     file: str, old: str, new: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = today()
-    module = splitk if file == "triton_splitk.py" else gluon
-    source = Path(module._PATH).read_text(encoding="utf-8")
+    source = Path(splitk.__file__).with_name(file).read_text(encoding="utf-8")
     assert old in source
     (tmp_path / file).write_text(source.replace(old, new), encoding="utf-8")
-    monkeypatch.setattr(module, "_PATH", str(tmp_path / file))
+    read_instead(monkeypatch, tmp_path)
     told = list(changes(today(), before))
-    assert {line.partition(":")[0] for line in told} == changed
+    assert {line.partition(":")[0] for line in told} & {"decode_splitk_triton", "decode_splitk_gluon"} == changed
     assert all("Raise `revision`" in line and RECORD in line for line in told)
 
 
@@ -278,6 +276,11 @@ def row(config: Config = CONFIG, **fields: Any) -> Trial:
     return dataclasses.replace(trial, source_hash=source_hash(trial))
 
 
+def plain() -> Templates:
+    """A record of what there is now, without other kernels."""
+    return {op: {name: new | {"alike": []} for name, new in variants.items()} for op, variants in today().items()}
+
+
 def ship(root: Path, *rows: Trial) -> Path:
     path = root / "tuning_db" / "nvidia_h200" / "decode.jsonl"
     shipped.export(rows, path)
@@ -305,7 +308,7 @@ BAD: dict[str, tuple[Callable[[], Trial], str]] = {
 def test_a_bad_row_is_told(name: str, tmp_path: Path) -> None:
     made, fault = BAD[name]
     ship(tmp_path, made())
-    (found,) = bad_rows(tmp_path, today(), recorded())
+    (found,) = bad_rows(tmp_path, today(), plain())
     assert found.startswith("nvidia_h200/decode.jsonl, line 1: ")
     assert fault in found
 
@@ -321,12 +324,12 @@ def test_good_rows_are_not_told(tmp_path: Path) -> None:
                 row(CONFIG.replace(num_kv_splits=9), source_hash=""))  # fmt: skip
     shipped.export([on_cpu], path.parents[1] / "cpu" / "decode.jsonl")
     (path.parent / "peers_decode.jsonl").write_text("{}\n")
-    assert list(bad_rows(tmp_path, today(), recorded())) == []
+    assert list(bad_rows(tmp_path, today(), plain())) == []
 
 
 def test_rows_of_a_template_that_changed_in_silence_are_told(tmp_path: Path) -> None:
     ship(tmp_path, row(), row(revision=NOW - 1, provenance="imported"))
-    before = recorded()
+    before = plain()
     before["decode"][splitk.NAME] |= {"sha256": "of another text"}
     (found,) = bad_rows(tmp_path, today(), before)
     assert f"claims revision {NOW}, whose template was another" in found
@@ -337,34 +340,28 @@ def test_a_line_that_is_no_row_and_a_file_of_no_op_are_told(tmp_path: Path) -> N
     with path.open("a") as file:
         file.write('{"problem": {"op": "decode", "num_heads": 0}}\n')
     (path.parent / "decodes.jsonl").write_text("")
-    told = list(bad_rows(tmp_path, today(), recorded()))
+    told = list(bad_rows(tmp_path, today(), plain()))
     assert [line.partition(": ")[0] for line in told] == [
         "nvidia_h200/decode.jsonl, line 2", "nvidia_h200/decodes.jsonl is of no op; there is decode",
     ]  # fmt: skip
 
 
-def test_recording_says_that_rows_of_another_text_are_alike_until_the_revision_is_raised(tmp_path: Path) -> None:
+def test_recording_takes_the_rows_of_another_text_that_are_shipped_now_and_no_others(tmp_path: Path) -> None:
     golden = tmp_path / "templates.json"
-
-    def alike() -> bool:
-        record(tmp_path, golden)
-        found: bool = json.loads(golden.read_text())["decode"][splitk.NAME]["alike"]
-        return found
-
-    def rewrite(**fields: Any) -> None:
-        data = json.loads(golden.read_text())
-        data["decode"][splitk.NAME] |= fields
-        golden.write_text(json.dumps(data))
-
-    assert not alike()
-    rewrite(sha256="of another text")
-    assert alike()
-    assert alike()  # it stays so
-    rewrite(revision=NOW - 1)
-    assert not alike()  # it was raised
-    ship(tmp_path, row(source_hash="0" * 16))
-    assert alike()
+    old, other = row(source_hash="0" * 16), row(CONFIG.replace(num_kv_splits=9), source_hash="1" * 16)
+    ship(tmp_path, row(CONFIG.replace(num_kv_splits=8)), old, row(other.config, revision=NOW - 1, source_hash="2" * 16))
+    record(tmp_path, golden)
+    written = json.loads(golden.read_text())
+    assert written["decode"][splitk.NAME] == today()["decode"][splitk.NAME] | {"alike": ["0" * 16]}
+    assert list(bad_rows(tmp_path, today(), written)) == []
+    ship(tmp_path, old, other)
+    (found,) = bad_rows(tmp_path, today(), written)
+    assert found.startswith("nvidia_h200/decode.jsonl, line 2: ")
+    record(tmp_path, golden)
     assert list(bad_rows(tmp_path, today(), json.loads(golden.read_text()))) == []
+    ship(tmp_path, row())
+    record(tmp_path, golden)
+    assert json.loads(golden.read_text())["decode"][splitk.NAME]["alike"] == []
 
 
 if __name__ == "__main__":

@@ -209,7 +209,9 @@ def test_migration_of_an_older_version(db, monkeypatch):
     with Store(db) as s:
         s.add([trial(), FULL])
 
-    def to_2(database) -> None:
+    n = len(store.MIGRATIONS)
+
+    def one_more(database) -> None:
         database.execute("ALTER TABLE trials ADD COLUMN mood TEXT")
         database.execute("UPDATE trials SET mood = 'good'")
 
@@ -217,19 +219,19 @@ def test_migration_of_an_older_version(db, monkeypatch):
         database.execute("DROP TABLE trials")
         raise sqlite3.OperationalError("no space left")
 
-    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, to_2, broken))
+    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, one_more, broken))
     with pytest.raises(StoreError, match="no space left"):
         Store(db)
-    monkeypatch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:2])
-    with pytest.raises(StoreError, match="has schema version 1, this mla_jit has 2; open it once for writing"):
+    monkeypatch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:-1])
+    with pytest.raises(StoreError, match=f"has schema version {n}, this mla_jit has {n + 1}; open it once for writing"):
         Store(db, readonly=True)
     for _ in range(2):
         with Store(db) as s:
             assert list(s.trials()) == [trial(), FULL]
     assert sql(db, "SELECT DISTINCT mood FROM trials") == [("good",)]
-    monkeypatch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:1])
+    monkeypatch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:-1])
     for readonly in (False, True):
-        with pytest.raises(StoreError, match="has schema version 2, this mla_jit knows 1; update mla_jit"):
+        with pytest.raises(StoreError, match=f"has schema version {n + 1}, this mla_jit knows {n}; update mla_jit"):
             Store(db, readonly=readonly)
 
 

@@ -33,6 +33,8 @@ _CONSTANTS = (
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
+    if p.scheduler == "persistent":
+        return "the persistent scheduler is asked for"
     if not target.triton or not (target.has("tma") and target.has("mma_m64")):
         return f"{target.name} has no bulk tensor copies or no warpgroup matrix instructions"
     if p.q_dtype != p.kv_dtype or DTYPES[p.kv_dtype].bits != 16 or "fp32" in (p.q_dtype, p.kv_dtype):

@@ -89,6 +89,15 @@ def _min_tiles(p: DecodeProblem, config: Config) -> int:
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
+    if p.scheduler == "persistent":
+        return "the persistent scheduler is asked for"
+    if p.batch * max(p.rows, 1) * p.num_kv_heads * num_splits(p, config) >= 2**31:
+        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    return _refuses(p, target, config)
+
+
+def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """The same, but for who schedules and for the size of the grid."""
     if not target.triton:
         return f"Triton has no backend for {target.name}"
     if "fp32" in (p.q_dtype, p.kv_dtype):
@@ -102,8 +111,6 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return f"kv_lora_rank {p.kv_lora_rank} > 512: the output tile does not fit the register file"
     if p.rope_dim > 128:
         return f"rope_dim {p.rope_dim} > 128"
-    if p.batch * max(p.rows, 1) * p.num_kv_heads * num_splits(p, config) >= 2**31:
-        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     tile = config.int("combine_s") * config.int("combine_h") * config.int("combine_d")
     if tile > _COMBINE_TILE:
         return f"a tile of {tile} partials in the combine exceeds {_COMBINE_TILE}: it would not stay in registers"
@@ -341,7 +348,8 @@ def _scalars(names: tuple[str, ...]) -> list[tuple[str, str, Arg]]:
 
 
 def _source(target: Target, function: str, name: str, parts: tuple[dict[str, Scalar], list[tuple[str, str, Arg]]],
-            options: dict[str, Scalar], limits: Limits) -> Source:  # fmt: skip
+            options: dict[str, Scalar], limits: Limits, module: str = _MODULE,
+            path: str = _PATH) -> Source:  # fmt: skip
     constants, arguments = parts
     backend, arch, warp_size = target.triton
     options = options | {"backend": backend, "arch": arch, "warp_size": warp_size}
@@ -351,11 +359,11 @@ def _source(target: Target, function: str, name: str, parts: tuple[dict[str, Sca
         toolchain="triton",
         toolchain_version=toolchain.version(),
         isa=target.isa,
-        content=toolchain.closure(_PATH, function),
+        content=toolchain.closure(path, function),
         constants=tuple(sorted(constants.items())),
         signature=tuple((parameter, kind) for parameter, kind, _ in arguments),
         options=(*sorted(options.items()), *knobs),
-        locator=f"{_MODULE}:{function}",
+        locator=f"{module}:{function}",
         limits=limits,
     )
 

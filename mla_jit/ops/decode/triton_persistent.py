@@ -123,7 +123,8 @@ def decode_persistent(
     row_block = pid % row_blocks
     kvh = (pid // row_blocks) % NUM_KV_HEADS
     group = pid // (row_blocks * NUM_KV_HEADS)
-    for piece in tl.range(tl.load(groups_ptr + group), tl.load(groups_ptr + group + 1), num_stages=1):
+    for i in tl.range(tl.load(groups_ptr + group), tl.load(groups_ptr + group + 1), num_stages=1):
+        piece = tl.zeros((), tl.int32) + i  # a tensor in the interpreter too
         b = tl.load(info_ptr + 4 * piece)
         first_tile = tl.load(info_ptr + 4 * piece + 1)
         last_tile = tl.load(info_ptr + 4 * piece + 2)

@@ -1,0 +1,197 @@
+"""The row of `decode_persistent_triton`: one resident wave of programs that runs a work list made on the device.
+
+The kernels are in triton_persistent.py; tiles, arguments and combine are those of splitk.py. Imports no triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mla_jit.compile.artifact import Limits, Scalar, Source
+from mla_jit.config import Config
+from mla_jit.launch.base import Arg, Launch
+from mla_jit.ops.decode import splitk
+from mla_jit.ops.variant import Cost, Variant
+from mla_jit.problem import DecodeProblem
+from mla_jit.target import Target
+
+NAME = "decode_persistent_triton"
+_MODULE = "mla_jit.ops.decode.triton_persistent"
+_PATH = str(Path(__file__).with_name("triton_persistent.py"))
+_CHUNK = 64  # sequences that `schedule` looks at together
+_MOST_PIECES = 1 << 20  # of a sequence: no bound
+_POINTERS = ("q", "q_pe", "kv", "kpe")
+_MORE_POINTERS = (
+    "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse", "part", "part_lse",
+)  # fmt: skip
+_LISTS = ("groups", "info", "sums")  # the work list, int32 buffers in the workspace
+_COMBINE_POINTERS = ("qo_indptr", "sinks", "out", "lse", "part", "part_lse")
+_INTS = ("max_q_len", "cp_rank", "cp_world")
+_CONSTANTS = (
+    "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_R", "STAGES", "TMA",
+    "MASKED_FIRST", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE", "COMPUTE", "DECODE", "Q_DECODE", "QK_NATIVE",
+)  # fmt: skip
+
+Parts = tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]
+
+
+def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """Why this variant cannot serve the problem with this config on this target, or None."""
+    if p.scheduler == "split":
+        return "split slots are asked for"
+    if p.num_kv_splits is not None:
+        return "num_kv_splits asks for split slots"
+    if p.batch_invariant:
+        return "batch_invariant: a work list depends on the whole batch"
+    if (p.batch + groups(p, target, config)) * max(p.rows, 1) * p.num_kv_heads >= 2**31:
+        return "batch × rows exceeds the largest grid (2^31)"
+    return splitk._refuses(p, target, _like(config))
+
+
+def _like(config: Config) -> Config:
+    """The config of decode_splitk_triton with the same tiles."""
+    values = {k: v for k, v in config.items() if k not in ("overhead", "waves")}
+    return Config.of(splitk.NAME, **values, min_tiles=1, num_kv_splits=2, pdl=False)
+
+
+def default(p: DecodeProblem, target: Target) -> Config:
+    """The tiles of decode_splitk_triton; what a piece costs beside its tiles is about five of 64 tokens."""
+    like = splitk.default(p, target)
+    kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}
+    return Config.of(NAME, **kept, overhead=5 * 64 // like.int("block_n"), waves=1)
+
+
+def groups(p: DecodeProblem, target: Target, config: Config) -> int:
+    """Among how many groups of programs the work is cut: as many as the device holds, `waves` times over."""
+    held = splitk._resident(target, _like(config)) * config.int("waves")
+    return max(1, held // splitk._row_blocks(p, config))
+
+
+def _pieces(p: DecodeProblem, target: Target, config: Config) -> int:
+    return p.batch + groups(p, target, config)
+
+
+def _lists(p: DecodeProblem, names: tuple[str, ...]) -> list[tuple[str, str, Arg]]:
+    return [(f"{name}_ptr", "*i32:16", Arg("ptr", name)) for name in names]
+
+
+def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
+    """(constants, [(parameter, signature entry, launch argument)]) of the first kernel."""
+    absent = splitk._absent(p)
+    lengths = ("lens", "kv_indptr", "last")
+    constants: dict[str, Scalar] = {f"{name}_ptr": None for name in lengths if name in absent}
+    constants |= {
+        "PAGE": p.page_size, "BLOCK_N": config.int("block_n"), "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "CHUNK": _CHUNK, "GROUPS": splitk._pow2(groups(p, target, config), 16),
+    }  # fmt: skip
+    arguments = [(f"{n}_ptr", splitk._pointer(p, target, n), Arg("ptr", n)) for n in lengths if n not in absent]
+    numbers = ("batch", "groups", "overhead", "most_pieces", "cp_rank", "cp_world")
+    return constants, arguments + _lists(p, _LISTS) + splitk._scalars(numbers)
+
+
+def _walk(p: DecodeProblem, target: Target, config: Config) -> Parts:
+    """The same for the second."""
+    constants, every = splitk._stage1(p, target, _like(config))
+    found = {name: (name, kind, arg) for name, kind, arg in every}
+    names = [f"{name}_ptr" for name in _POINTERS] + ["kv_desc", "kpe_desc"]
+    pointers = [found[n] for n in (*names, *(f"{name}_ptr" for name in _MORE_POINTERS)) if n in found]
+    strides = [found[n] for n in (*splitk._STAGE1_STRIDES, *splitk._OUT_STRIDES)]
+    scalars = splitk._scalars((*_INTS, *splitk._FLOATS))
+    kept = {k: v for k, v in constants.items() if k in _CONSTANTS or v is None}
+    return kept, pointers + _lists(p, ("groups", "info")) + strides + scalars
+
+
+def _combine(p: DecodeProblem, target: Target, config: Config) -> Parts:
+    """The same for the third."""
+    constants, every = splitk._combine(p, target, _like(config))
+    found = {name: (name, kind, arg) for name, kind, arg in every}
+    kept: dict[str, Scalar] = {f"{n}_ptr": None for n in _COMBINE_POINTERS if f"{n}_ptr" not in found}
+    kept |= {k: constants[k] for k in ("H", "C", "BLOCK_S", "BLOCK_H", "BLOCK_D", "HAS_LSE")}
+    arguments = [found[f"{n}_ptr"] for n in _COMBINE_POINTERS if f"{n}_ptr" in found]
+    arguments += _lists(p, ("sums",)) + [found[n] for n in splitk._OUT_STRIDES]
+    return kept, arguments + splitk._scalars(("max_q_len", "lse_mul"))
+
+
+def _source(target: Target, function: str, parts: Parts, options: dict[str, Scalar], limits: Limits) -> Source:
+    return splitk._source(target, function, f"{NAME}_{function}", parts, options, limits, _MODULE, _PATH)
+
+
+def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
+    """What walks the list first, as the kernel that counts; then what makes the list, and the combine."""
+    limits = Limits(
+        smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=splitk._SPILL_BYTES, require=target.mma
+    )
+    small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
+    options: dict[str, Scalar] = {"num_warps": config.int("num_warps"), "num_stages": config.int("num_stages")}
+    few: dict[str, Scalar] = {"num_warps": 4, "num_stages": 2}
+    many: dict[str, Scalar] = {"num_warps": 8, "num_stages": 1}
+    walk = _source(target, "decode_persistent", _walk(p, target, config), options, limits)
+    schedule = _source(target, "schedule", _schedule(p, target, config), many, small)
+    return walk, schedule, _source(target, "combine_listed", _combine(p, target, config), few, small)
+
+
+def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
+    """The list by one program; a program a (block of rows, KV head, group); the combine as for decode_splitk_triton."""
+
+    def args(parts: Parts) -> tuple[Arg, ...]:
+        return tuple(arg for *_, arg in parts[1])
+
+    grid = (groups(p, target, config) * splitk._row_blocks(p, config), 1, 1)
+    _, heads, columns = splitk._combine_tile(p, _like(config))
+    sums = (max(1, -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch), 1, 1)
+    return (
+        Launch(1, (1, 1, 1), args(_schedule(p, target, config))),
+        Launch(0, grid, args(_walk(p, target, config))),
+        Launch(2, sums, args(_combine(p, target, config))),
+    )
+
+
+def numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+    """The numbers that problem, target and config fix and the kernels take at run time."""
+    return {
+        "batch": p.batch, "groups": groups(p, target, config), "overhead": config.int("overhead"),
+        "most_pieces": _MOST_PIECES, "max_q_len": p.q_len,
+    }  # fmt: skip
+
+
+def workspace_offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+    """Where each buffer starts in the workspace, in bytes: partials fp32 [pieces, q_len, heads, C], LSE, the list."""
+    return dict(list(_layout(p, target, config).items())[:-1])
+
+
+def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
+    """Of all buffers."""
+    return _layout(p, target, config)["end"]
+
+
+def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+    rows = _pieces(p, target, config) * p.q_len * p.num_heads
+    sizes = {
+        "part": rows * p.kv_lora_rank, "part_lse": rows, "groups": groups(p, target, config) + 1,
+        "info": 4 * _pieces(p, target, config), "sums": 2 * p.batch,
+    }  # fmt: skip
+    found, at = {}, 0
+    for name, count in sizes.items():
+        found[name] = at
+        at += -(-count * 4 // 16) * 16
+    return {**found, "end": at}
+
+
+def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
+    """As for decode_splitk_triton with two splits or more, and one launch more; what it gains no length bound tells."""
+    like = _like(config)
+    like = like.replace(num_kv_splits=max(2, splitk._default_splits(p, target, like)))
+    found = splitk.cost(p, target, like)
+    return dataclasses.replace(found, time_us=found.time_us + target.launch_us)
+
+
+SPACE: dict[str, tuple[int | str | bool, ...]] = {
+    **{k: v for k, v in splitk.SPACE.items() if k not in ("min_tiles", "pdl")}, "overhead": (2, 5, 10), "waves": (1, 2),
+}  # fmt: skip
+
+DECODE_PERSISTENT_TRITON = Variant(
+    name=NAME, op="decode", backend="triton", revision=1, rejects=rejects, default=default, sources=sources,
+    launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
+    space=SPACE,
+)  # fmt: skip
