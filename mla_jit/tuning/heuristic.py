@@ -42,7 +42,7 @@ def predicted_us(
     `artifact`: the compiled first kernel. Its registers, shared memory and spills are then counted, not guessed, and
     tiles that are gathered are in flight as far as it has room for them, whatever num_stages says.
     """
-    if variant.host is not None or "combine_s" not in config:
+    if variant.host is not None or "combine_s" not in config or "num_kv_splits" not in config:
         return variant.cost(problem, target, config).time_us
     numbers = variant.numbers(problem, target, config)
     cut = space.pieces(problem, target, variant, config)

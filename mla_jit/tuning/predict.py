@@ -180,17 +180,18 @@ class _Search:
     # --------------------------------------------------------------------------------------- what is worth compiling
 
     def shape(self, problem: DecodeProblem) -> _Shape | None:
-        """The problem with its candidates, or None, with the reason noted."""
+        """The problem with its candidates, of the default's variant alone, or None, with the reason noted."""
         try:
             default = plan.analytic(problem, self.target).config
         except NoVariant as error:
             self.without[problem] = str(error)
             return None
-        if (kernel := self.source(problem, default)) is None:
-            self.without[problem] = f"{default.variant} has no kernel to compile"
+        kernel = self.source(problem, default)
+        if kernel is None or not _described(default):
+            self.without[problem] = f"a call takes {default.variant}, of which the model says nothing"
             return None
         groups: dict[object, list[Config]] = {}
-        for config in space.candidates(problem, self.target, list(self.variants.values())):
+        for config in space.candidates(problem, self.target, [self.variants[default.variant]]):
             if config != default and _promises(config, default):
                 groups.setdefault(_kernel(config), []).append(config)
         others = {}
@@ -361,6 +362,8 @@ class _Search:
             if choice.trial is None or choice.trial.problem == problem:
                 continue
             default = plan.analytic(problem, self.target).config
+            if not _described(default):
+                continue
             by = self.served_us(problem, choice.config) / self.served_us(problem, default) - 1
             if by > LEAST_MARGIN:
                 found[problem] = by
@@ -392,13 +395,18 @@ class _Search:
         return self.served[problem, config]
 
 
+def _described(config: Config) -> bool:
+    """Whether the model is one of the config's kernels: split-K, then a combine."""
+    return {"num_kv_splits", "combine_s"} <= set(config)
+
+
 def _promises(config: Config, default: Config) -> bool:
     """Whether the model has something to say of a candidate that holds on other devices, too.
 
-    Not of other variants than the default's. Not of larger tiles: for 64 tokens instead of 32 it promises almost twice the speed where a like kernel was measured
+    Not of larger tiles: for 64 tokens instead of 32 it promises almost twice the speed where a like kernel was measured
     to gain nothing (sgl-project/sglang#34580, MI355X). Nor of stages where tiles are gathered, see heuristic.py.
     """
-    if config.variant != default.variant or any(config.int(name) > default.int(name) for name in _TILE):
+    if any(config.int(name) > default.int(name) for name in _TILE):
         return False
     return config.get("tma") is not False or config.get("num_stages") == default.get("num_stages")
 

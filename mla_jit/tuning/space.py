@@ -56,6 +56,8 @@ def _products(
     problem: DecodeProblem, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
 ) -> Iterator[tuple[Variant, Config]]:
     for variant, default in defaults:
+        if "num_kv_splits" not in default and problem.total_kv is None and problem.scheduler == "auto":
+            continue  # it balances uneven lengths; for even ones its default stands for it
         if (space := spaces.get(variant.name)) is not None:
             for config in _product(problem, target, variant, default, space):
                 yield variant, config
@@ -96,7 +98,7 @@ class _Identity:
         self.parts: dict[Any, Any] = {}
 
     def of(self, config: Config) -> tuple[Any, ...]:
-        if self.variant.host is not None:
+        if self.variant.host is not None or "num_kv_splits" not in config:  # no slots to cut a sequence into
             return (config,)
         count = pieces(self.problem, self.target, self.variant, config)
         first = tuple(item for item in config.items_ if item[0] not in (*_CUT, *_COMBINE))
@@ -126,6 +128,9 @@ def _product(
     compiled = {n: v for n, v in rows.items() if n[0] not in (*_CUT, *_COMBINE)}
     kernels = list(_choices(compiled, default, target))
     heights = sorted({config.int("block_m") for config in kernels})
+    if "num_kv_splits" not in default:  # nothing is cut into slots
+        yield from (kernel for kernel in kernels if kernel.int("block_m") in _useful(problem, heights)[-2:])
+        return
     for kernel in kernels:
         if not _high_enough(problem, target, variant, kernel, heights):
             continue
@@ -177,12 +182,17 @@ def _high_enough(
     that holds them. Of the others the two greatest may, on a GPU a lower one only where the next higher, cut into
     single tiles, gives the device less than it holds at once.
     """
-    useful = [h for h in heights if h <= max(heights[0], bucket(max(problem.rows, 1)))]
+    useful = _useful(problem, heights)
     height = config.int("block_m")
     if height not in useful or height in useful[-2:] or variant.host is not None:
         return height in useful
     programs, held = _room(problem, target, variant, config.replace(block_m=useful[useful.index(height) + 1]))
     return programs * _tiles(problem, config) < held
+
+
+def _useful(problem: DecodeProblem, heights: Sequence[int]) -> list[int]:
+    """Without those higher than all rows, rounded up, but the lowest."""
+    return [h for h in heights if h <= max(heights[0], bucket(max(problem.rows, 1)))]
 
 
 def _counts(problem: DecodeProblem, target: Target, variant: Variant, config: Config, row: Any) -> list[int]:

@@ -23,7 +23,7 @@ DISTRIBUTION = {
 }  # where the import's name is another
 # cuda-bindings and triton come with a GPU build of torch (pyproject.toml says why triton is an extra); numpy with the
 # interpreter's tests; flash_mla is a peer that a benchmark compares with where it is installed.
-NOT_DECLARED = {"cuda-bindings", "triton", "numpy", "flash_mla"}
+NOT_DECLARED = {"cuda-bindings", "triton", "numpy", "flash_mla", "flashinfer"}
 
 
 @pytest.fixture(scope="module")

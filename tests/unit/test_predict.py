@@ -134,17 +134,24 @@ def test_what_is_not_so_far_ahead_is_left_out(built: None, found: predict.Predic
 
 def test_no_more_kernels_are_compiled_than_allowed(built: None, found: predict.Prediction) -> None:
     assert 1 <= found.kernels <= predict.MOST_KERNELS
-    few = predict.predict([IDLE, dataclasses.replace(IDLE, q_len=2)], AMPERE, most_kernels=1)
+    few = predict.predict([IDLE, dataclasses.replace(IDLE, num_heads=16)], AMPERE, most_kernels=1)
     assert few.kernels == 1
 
 
 def test_a_kernel_that_is_not_legal_makes_no_row(built: None) -> None:
     """The default's tiles fit by its own estimate; what the compiler makes of them needs 83968 bytes."""
     small = dataclasses.replace(AMPERE, smem_bytes=80000)
-    result = predict.predict([IDLE], small)
+    asked = dataclasses.replace(IDLE, scheduler="split")
+    result = predict.predict([asked], small)
     assert result.trials == ()
     assert any("bytes of shared memory, the target has 80000" in fault for _, fault in result.faults)
-    assert result.without == {IDLE: "the default's kernel is not legal, or was not compiled"}
+    assert result.without == {asked: "the default's kernel is not legal, or was not compiled"}
+
+
+def test_a_default_that_the_model_does_not_describe_is_left_alone() -> None:
+    asked = dataclasses.replace(IDLE, scheduler="persistent")
+    without = predict.predict([asked], AMPERE).without
+    assert without == {asked: "a call takes decode_persistent_triton, of which the model says nothing"}
 
 
 def test_what_nothing_can_serve_has_a_reason() -> None:

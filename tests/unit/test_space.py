@@ -26,6 +26,11 @@ def problem(**fields: object) -> DecodeProblem:
     return DecodeProblem(**{"num_heads": 16, **fields})  # type: ignore[arg-type]
 
 
+def slotted(configs: list[Config]) -> list[Config]:
+    """Those that cut a sequence into split slots."""
+    return [c for c in configs if "num_kv_splits" in c]
+
+
 def tunables(row: str, values: object) -> list[tuple[str, object]]:
     """(tunable, a value that the file gives it) of one row of the file."""
     names = row.split()
@@ -139,7 +144,7 @@ def test_what_is_dropped_does_the_work_of_a_candidate() -> None:
 
 def test_one_piece_needs_no_choice_of_the_combine() -> None:
     found = made(num_heads=128, batch=128, max_kv_len=4096)
-    for variant in {c.variant for c in found}:
+    for variant in {c.variant for c in found if "num_kv_splits" in c}:
         default = ROWS[variant].default(problem(num_heads=128, batch=128, max_kv_len=4096), HOPPER)
         whole = [c for c in found if c.variant == variant and c["num_kv_splits"] == 1]
         assert whole
@@ -151,7 +156,7 @@ def test_splits_reach_from_one_to_four_times_what_the_device_holds() -> None:
     for batch, length in ((1, 65536), (4, 65536), (16, 16384), (64, 65536)):
         p = problem(batch=batch, max_kv_len=length)
         of = {}
-        for c in made(batch=batch, max_kv_len=length):
+        for c in slotted(made(batch=batch, max_kv_len=length)):
             of.setdefault((c.variant, c["num_warps"]), set()).add(c["num_kv_splits"])
         counts, wave = of["decode_splitk_triton", 8], HOPPER.sms // batch
         tiles = -(-length // 32)
@@ -161,8 +166,19 @@ def test_splits_reach_from_one_to_four_times_what_the_device_holds() -> None:
 
 
 def test_no_split_is_shorter_than_a_tile() -> None:
-    assert max(c["num_kv_splits"] for c in made(batch=1, max_kv_len=256)) == 256 // 32  # type: ignore[type-var]
-    assert {c["num_kv_splits"] for c in made(batch=1, max_kv_len=30)} == {1}
+    assert max(c.int("num_kv_splits") for c in slotted(made(batch=1, max_kv_len=256))) == 256 // 32
+    assert {c["num_kv_splits"] for c in slotted(made(batch=1, max_kv_len=30))} == {1}
+
+
+def test_what_balances_lengths_is_offered_where_they_are_uneven() -> None:
+    def persistent(**fields: object) -> list[Config]:
+        return [c for c in made(batch=64, max_kv_len=32768, **fields) if c.variant == "decode_persistent_triton"]
+
+    assert len(persistent()) == 1  # the default, which takes part everywhere
+    assert len(persistent(total_kv=400000)) > 20
+    assert len(persistent(scheduler="persistent")) > 20
+    assert {c.variant for c in made(batch=64, scheduler="persistent")} == {"decode_persistent_triton"}
+    assert persistent(scheduler="split") == []
 
 
 def test_a_total_says_how_long_sequences_are() -> None:
