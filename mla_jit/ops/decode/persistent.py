@@ -179,11 +179,11 @@ def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """As for decode_splitk_triton with two splits or more, and one launch more; what it gains no length bound tells."""
+    """As for decode_splitk_triton, but one launch more; what it gains no length bound tells, so measurements must."""
     like = _like(config)
-    like = like.replace(num_kv_splits=max(2, splitk._default_splits(p, target, like)))
-    found = splitk.cost(p, target, like)
-    return dataclasses.replace(found, time_us=found.time_us + target.launch_us)
+    found = splitk.cost(p, target, like.replace(num_kv_splits=max(2, splitk._default_splits(p, target, like))))
+    least_us = splitk.cost(p, target, splitk.default(p, target)).time_us
+    return dataclasses.replace(found, time_us=max(found.time_us, least_us) + target.launch_us)
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
