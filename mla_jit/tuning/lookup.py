@@ -295,14 +295,14 @@ def _logs(shape: Shape) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class _Index:
-    """What is in memory of a device's rows: pools by hard fields, measured ones first, and what `configs` found."""
+    """What is in memory of a device's rows of equal hard fields: pools, measured first, and what `configs` found."""
 
     signature: object
-    pools: dict[tuple[Any, ...], list[_Pool]]
+    pools: list[_Pool]
     reachable: dict[object, tuple[Config, ...]] = dataclasses.field(default_factory=dict)
 
 
-_indexes: dict[tuple[str, str, str], _Index] = {}
+_indexes: dict[tuple[object, ...], _Index] = {}
 
 
 def lookup(
@@ -319,7 +319,7 @@ def lookup(
     Never raises for what a database holds or lacks, and never creates one.
     """
     question = _Question(_Cell.of(problem), legal, revisions, toolchain)
-    for pool in _index(target, problem.op).pools.get(_hard(problem), ()):
+    for pool in _index(target, problem).pools:
         found = None if hinted else question.robust(pool)
         found = found or question.nearest(pool)
         found = found or (None if hinted else question.longest(pool))
@@ -336,11 +336,10 @@ def configs(
     Memoised for the problem without its batch and length; `legal` is asked for the first of them.
     """
     question = _Question(_Cell.of(problem), legal, revisions, toolchain)
-    index, asked = _index(target, problem.op), question.asked
-    kind = _hard(problem), asked.soft, asked.wish, asked.shape[1:3], toolchain, tuple(sorted(revisions.items()))
+    index, asked = _index(target, problem), question.asked
+    kind = asked.soft, asked.wish, asked.shape[1:3], toolchain, tuple(sorted(revisions.items()))
     if kind not in index.reachable:
-        pools = index.pools.get(_hard(problem), ())
-        found = {config for pool in pools for config in question.reachable(pool)}
+        found = {config for pool in index.pools for config in question.reachable(pool)}
         index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *simplest(config))))
     return index.reachable[kind]
 
@@ -374,25 +373,24 @@ def forget() -> None:
     shipped.forget()
 
 
-def _index(target: Target, op: str) -> _Index:
-    """Read once, and again when the user's database has changed."""
+def _index(target: Target, problem: Problem) -> _Index:
+    """Read once for problems of equal hard fields, and again when the user's database has changed."""
     path = user_path()
     signature = (path, _signature(str(path)), _signature(f"{path}-wal"))
-    key = target.device, op, target.name
+    hard = dict(zip(_HARD_FIELDS, _hard(problem), strict=True))
+    key = target.device, target.name, *hard.values()
     held = _indexes.get(key)
     if held is not None and held.signature == signature:
         return held
-    rows = [_Row(trial, False) for trial in (_users(path, target, op) if signature[1] is not None else ())]
+    rows = [_Row(trial, False) for trial in (_users(path, target, hard) if signature[1] is not None else ())]
     rows += [
-        _Row(trial, True) for trial in shipped.rows(target.device, op)
+        _Row(trial, True) for trial in shipped.rows(target.device, **hard)
         if trial.status == OK and (trial.device, trial.target) == (target.device, target.name)
     ]  # fmt: skip
-    groups: dict[tuple[Any, ...], dict[bool, list[_Row]]] = {}
+    groups: dict[bool, list[_Row]] = {}
     for row in rows:
-        predicted = row.trial.provenance == PROVENANCES[-1]
-        groups.setdefault(_hard(row.trial.problem), {}).setdefault(predicted, []).append(row)
-    found = {hard: [_Pool(group[predicted]) for predicted in sorted(group)] for hard, group in groups.items()}
-    _indexes[key] = _Index(signature, found)
+        groups.setdefault(row.trial.provenance == PROVENANCES[-1], []).append(row)
+    _indexes[key] = _Index(signature, [_Pool(groups[predicted]) for predicted in sorted(groups)])
     return _indexes[key]
 
 
@@ -407,12 +405,13 @@ def _signature(path: str) -> object:
     return (seen.st_ino, seen.st_mtime_ns, seen.st_size) if seen.st_size else None
 
 
-def _users(path: Path, target: Target, op: str) -> list[Trial]:
-    """The user's good trials for a device; what cannot be read is skipped, with one warning."""
+def _users(path: Path, target: Target, hard: Mapping[str, Any]) -> list[Trial]:
+    """The user's good trials for a device and these hard fields; what cannot be read is skipped, with one warning."""
     bad: list[InvalidInput] = []
     try:
         with Store(path, readonly=True, timeout_s=_LOOKUP_TIMEOUT_S) as store:
-            records = store._select("trials", {"device": target.device, "op": op, "target": target.name, "status": OK})
+            wanted = {"device": target.device, "target": target.name, "status": OK, **hard}
+            records = store._select("trials", wanted)
         found = list(read_trials(records, bad.append))
     except StoreError as error:
         layers.warn_once(f"tuning database {path}", f"mla_jit does without its user's tuning rows: {error}")

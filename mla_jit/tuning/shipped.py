@@ -5,44 +5,50 @@ No lookup writes a file, whatever is in them. Imports neither SQLite nor torch.
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mla_jit import resources, settings
+from mla_jit.problem import DecodeProblem
 from mla_jit.tuning.rows import PROVENANCES, Trial, slug
 from mla_jit.tuning.store import PROBLEM_COLUMNS, plain
 
-_shipped: dict[tuple[str, str], tuple[Trial, ...]] = {}
+_shipped: dict[tuple[object, ...], tuple[Trial, ...]] = {}
+_told: set[Path] = set()  # files of whose faults was warned
 
 
-def rows(device: str, op: str) -> tuple[Trial, ...]:
+def rows(device: str, op: str, **fields: Any) -> tuple[Trial, ...]:
     """The shipped rows of a device and an op, read once a process; () where there are none or `shipped_db` is off.
 
+    `fields`: only those whose problem has these values; the others are not made into trials.
     Bad, repeated and contradictory lines are skipped with one warning a file; `check` lists them.
     """
     if not settings.current().shipped_db:
         return ()
-    if (device, op) not in _shipped:
+    key = device, op, *sorted(fields.items())
+    if key not in _shipped:
         try:
             path = resources.path("tuning_db", slug(device), f"{op}.jsonl")
         except FileNotFoundError:
-            return _shipped.setdefault((device, op), ())
+            return _shipped.setdefault(key, ())
         try:
-            kept, faults, _ = _examine(path)
+            kept, faults, _ = _examine(path, fields)
         except OSError as error:
             kept, faults = [], [str(error)]
-        _shipped[device, op] = tuple(kept)
-        if faults:
+        _shipped[key] = tuple(kept)
+        if faults and path not in _told:
+            _told.add(path)
             warnings.warn(
                 f"{path} is used without its faults ({len(faults)}, the first: {faults[0]}); "
                 "reinstall mla_jit, or report it",
                 stacklevel=2,
             )
-    return _shipped[device, op]
+    return _shipped[key]
 
 
 def check(path: Path) -> list[str]:
@@ -79,16 +85,26 @@ def _order(trial: Trial) -> tuple[Any, ...]:
     return problem, place, trial.config.to_json(), trial.to_json()
 
 
-def _examine(path: Path) -> tuple[list[Trial], list[str], list[str]]:
-    """Of a file of shipped rows: the good ones, why the others are not used, and what only its looks lack."""
+def _examine(
+    path: Path, fields: Mapping[str, Any] | None = None
+) -> tuple[list[Trial], list[str], list[str]]:  # fmt: skip
+    """Of a file of shipped rows: the good ones, why the others are not used, and what only its looks lack.
+
+    With `fields` only rows of such problems, and nothing of the looks.
+    """
+    plain_fields = DecodeProblem(num_heads=1).fields()
     kept: list[Trial] = []
     faults, style = [], []
     lines: dict[tuple[Any, ...], tuple[int, Trial]] = {}
     for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = raw.decode()
+            if fields is not None:
+                problem = json.loads(line)["problem"]
+                if any(problem.get(name, plain_fields[name]) != value for name, value in fields.items()):
+                    continue
             trial = plain(Trial.from_json(line))
-        except ValueError as error:  # InvalidInput and UnicodeDecodeError are
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # InvalidInput, UnicodeDecodeError: values
             faults.append(f"line {number}: {error}")
             continue
         if slug(trial.device) != path.parent.name or trial.op != path.stem:
@@ -100,9 +116,9 @@ def _examine(path: Path) -> tuple[list[Trial], list[str], list[str]]:
             what = "repeats" if trial == other else "contradicts"
             faults.append(f"line {number}: {what} line {first}, the same config for the same problem")
             continue
-        if line != trial.to_json():
+        if fields is None and line != trial.to_json():
             style.append(f"line {number}: not spelt as `export` writes it")
-        if kept and _order(kept[-1]) > _order(trial):
+        if fields is None and kept and _order(kept[-1]) > _order(trial):
             style.append(f"line {number}: out of order; `export` sorts")
         kept.append(trial)
     return kept, faults, style
@@ -111,3 +127,4 @@ def _examine(path: Path) -> tuple[list[Trial], list[str], list[str]]:
 def forget() -> None:
     """The files are read again when they are next asked for."""
     _shipped.clear()
+    _told.clear()
