@@ -22,11 +22,22 @@ from mla_jit.target import Target
 
 _OPERANDS = (
     "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
-    "out", "lse",
-    "workspace",
+    "out", "lse", "workspace", "groups", "info", "sums",
 )  # fmt: skip
 _OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
 _MOST = 16384  # call signatures kept
+
+
+class DecodeMetadata(NamedTuple):
+    """A work list of the persistent scheduler: int32 tensors on the device, of fixed shapes and addresses.
+
+    Made and filled by `decode_metadata`; read by every `decode(metadata=…)` of the step. groups [groups + 1], info
+    [batch + groups, 4], sums [batch, 2]: see ops/decode/triton_persistent.py. Empty on the CPU, which needs none.
+    """
+
+    groups: Tensor
+    info: Tensor
+    sums: Tensor
 
 
 class _Call(NamedTuple):
@@ -61,7 +72,7 @@ def decode(
     kv_indices: Tensor | None = None, kv_last_page_lens: Tensor | None = None, qo_indptr: Tensor | None = None,
     max_q_len: int | None = None, max_kv_len: int | None = None, total_kv: int | None = None, causal: bool = True,
     logit_cap: float = 0.0, sinks: Tensor | None = None, q_scale: Tensor | float | None = None,
-    kv_scale: Tensor | float | None = None, cp_rank: int = 0, cp_world: int = 1, metadata: None = None,
+    kv_scale: Tensor | float | None = None, cp_rank: int = 0, cp_world: int = 1, metadata: DecodeMetadata | None = None,
     workspace: Tensor | None = None, out: Tensor | None = None, lse: Tensor | None = None,
     out_dtype: torch.dtype | None = None, return_lse: bool = False, lse_base: str = "e",
     num_kv_splits: int | None = None, batch_invariant: bool = False, scheduler: str = "auto",
@@ -91,7 +102,8 @@ def decode(
         q_scale, kv_scale: per-tensor dequantisation scales, float or 1-element fp32 tensors on the device, positive.
         cp_rank, cp_world: context parallelism: the cache holds tokens cp_rank, cp_rank + cp_world, …; `seq_lens` are
             global; the result is this rank's partial output and LSE.
-        metadata: reserved for persistent scheduling; must be None.
+        metadata: of `decode_metadata` for the same arguments and today's lengths: the call runs that work list with the
+            persistent scheduler, and makes none itself.
         workspace: uint8 on the device, at least `decode_plan(...).workspace_bytes`; else one is kept a stream.
         out, lse: where to write [..., H, C] and fp32 [..., H]; allocated if absent.
         out_dtype: of an allocated `out`; q's, or bf16 for fp8 q.
@@ -125,6 +137,10 @@ def decode(
             num_kv_splits=num_kv_splits,
             batch_invariant=batch_invariant, scheduler=scheduler,
         )  # fmt: skip
+    if metadata is not None and type(metadata) is not DecodeMetadata:
+        raise InvalidInput(
+            f"metadata is for the persistent scheduler: pass what decode_metadata returns, or None, not {metadata!r}"
+        )
     # The key holds all that the binding below depends on: shapes, strides, dtypes, devices, alignment, flags.
     try:
         pair = q0, q1 = q if isinstance(q, (tuple, list)) else (q, q)
@@ -150,7 +166,8 @@ def decode(
             None if total_kv is None else (total_kv - 1).bit_length(), None if out is None else _out_key(out),
             None if lse is None else _out_key(lse), kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank,
             cp_world,
-            out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, scheduler, metadata,
+            out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, scheduler,
+            None if metadata is None else (*map(_tensor_key, metadata),),
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(
@@ -159,7 +176,9 @@ def decode(
     call = _calls.get(key)
     if call is None:
         if metadata is not None:
-            raise InvalidInput("metadata is for the persistent scheduler, which this version does not have; pass None")
+            if scheduler == "split":
+                raise InvalidInput("metadata is a work list of the persistent scheduler; leave scheduler to auto")
+            scheduler = "persistent"
         call = _resolve(key, decode_inputs(
             q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, block_table=block_table, seq_lens=seq_lens,
             kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
@@ -168,8 +187,8 @@ def decode(
             q_scale=q_scale, kv_scale=kv_scale, cp_rank=cp_rank, cp_world=cp_world, out=out, lse=lse,
             out_dtype=out_dtype,
             return_lse=return_lse, lse_base=lse_base, num_kv_splits=num_kv_splits, batch_invariant=batch_invariant,
-            scheduler=scheduler,
-        ))  # fmt: skip
+            scheduler=scheduler, planned=metadata is not None,
+        ), metadata)  # fmt: skip
     if out is None:
         out = call.allocate(call.out_shape, call.out_strides, call.out_dtype)
     if lse is None and call.lse:
@@ -183,12 +202,14 @@ def decode(
         _check_workspace(workspace, call, q0)
     else:  # with one split the kernel takes the pointer and does not use it
         workspace = _workspace(call, stream) if call.workspace_bytes else out
-    operands = (
+    operands: tuple[Any, ...] = (
         q0, q1, kv0, kv1, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr, kv_last_page_lens,
         qo_indptr, sinks,
         q_scale, kv_scale, out, lse, workspace,
     )  # fmt: skip
-    pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]  # type: ignore[union-attr]
+    if metadata is not None:
+        operands += metadata
+    pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
     call.bound.run(pointers, call.floats, stream)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
@@ -205,7 +226,7 @@ def _out_key(t: Tensor | None) -> Any:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
 
 
-def _resolve(key: tuple[Any, ...], inputs: DecodeInputs) -> _Call:
+def _resolve(key: tuple[Any, ...], inputs: DecodeInputs, metadata: DecodeMetadata | None = None) -> _Call:
     """The cold path: problem, target, executable, binding; remembered under the call's signature."""
     problem, device = inputs.problem, inputs.device
     index = device.index if device.index is not None else 0
@@ -213,6 +234,8 @@ def _resolve(key: tuple[Any, ...], inputs: DecodeInputs) -> _Call:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     forbidden = "under graph capture" if capturing else None
     executable = plan.executable_for(problem, where, forbid_compile=forbidden)
+    if metadata is not None:
+        _check_metadata(metadata, executable, device)
     out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
     empty = 0 in inputs.out_shape
     bound: Bound | None = None
@@ -255,11 +278,25 @@ def _on_host(call: _Call, arguments: dict[str, Any]) -> Any:
     if host is not None and out.numel():
         names = decode_inputs.__kwdefaults__ or {}
         keywords = {
-            name: arguments[name] for name in ("kv_lora_rank", "sm_scale", *names) if name not in ("out", "lse")
-        }
+            name: arguments[name]
+            for name in ("kv_lora_rank", "sm_scale", *names) if name not in ("out", "lse", "planned")
+        }  # fmt: skip
+        if arguments["metadata"] is not None:
+            keywords |= {"scheduler": "persistent", "planned": True}
         inputs = decode_inputs(arguments["q"], arguments["kv_cache"], **keywords, out=out, lse=lse)
         host(call.executable.problem, call.executable.config, inputs)
     return (out, lse) if arguments["return_lse"] else out
+
+
+def _check_metadata(metadata: DecodeMetadata, executable: Executable, device: torch.device) -> None:
+    for name, shape in executable.lists.items():
+        t = getattr(metadata, name, None)
+        if t is None or tuple(t.shape) != shape or t.dtype != torch.int32 or t.device != device or t.data_ptr() % 16:
+            what = "missing" if t is None else f"{t.dtype} {tuple(t.shape)} on {t.device}"
+            raise InvalidInput(
+                f"metadata.{name} is {what}; this call needs int32 {shape} on {device}, 16-byte aligned: make it by "
+                "decode_metadata with the arguments of the call"
+            )
 
 
 def _check_workspace(workspace: Tensor, call: _Call, q: Tensor) -> None:
@@ -323,9 +360,13 @@ class DecodePlan:
 
     def __init__(self, q: Any, kv_cache: Any, arguments: dict[str, Any]):
         self._arguments = arguments
-        self._inputs = inputs = decode_inputs(q, kv_cache, **arguments)
+        metadata = arguments.get("metadata")
+        given = {name: value for name, value in arguments.items() if name != "metadata"}
+        if metadata is not None:
+            given |= {"scheduler": "persistent", "planned": True}
+        self._inputs = inputs = decode_inputs(q, kv_cache, **given)
         self.problem = inputs.problem
-        self._call = _resolve((object(),), inputs)
+        self._call = _resolve((object(),), inputs, metadata)
         self.dispatch = self._call.dispatch
         self.workspace_bytes = self._call.workspace_bytes
         self._expect = (_operand_keys(q), _operand_keys(kv_cache))
@@ -356,6 +397,54 @@ def decode_plan(q: Any, kv_cache: Any, **arguments: Any) -> DecodePlan:
     """Validates and resolves a `decode` call (same arguments) without running it. Raises what `decode` raises."""
     arguments.pop("workspace", None)
     return DecodePlan(q, kv_cache, arguments)
+
+
+def decode_metadata_info(q: Any, kv_cache: Any, **arguments: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of each buffer of `DecodeMetadata` for a `decode` call with these arguments; {} on the CPU."""
+    executable, *_ = _planned(q, kv_cache, arguments)
+    return {name: (shape, torch.int32) for name, shape in executable.lists.items()}
+
+
+def decode_metadata(
+    q: Any, kv_cache: Any, *, metadata: DecodeMetadata | None = None, **arguments: Any
+) -> DecodeMetadata:  # fmt: skip
+    """The work list of the persistent scheduler for a `decode` call with these arguments, made on the device.
+
+    Once a step: all layers whose calls have the same shapes, flags and lengths read it (`decode(…, metadata=…)`). The
+    lengths are read by a kernel, never by the host, and nothing has a size that depends on them: under graph capture
+    the kernel is captured, and the graph serves other lengths.
+
+    metadata: buffers to fill instead of new ones, so that their addresses stay (`decode_metadata_info` has the shapes).
+    Raises what `decode` raises; NoVariant where nothing has a persistent scheduler for the problem.
+    """
+    executable, inputs, index, forbidden = _planned(q, kv_cache, arguments)
+    if metadata is None:
+        shapes = executable.lists
+        metadata = DecodeMetadata(*(
+            torch.empty(shapes.get(name, (0,)), dtype=torch.int32, device=inputs.device)
+            for name in DecodeMetadata._fields
+        ))  # fmt: skip
+    _check_metadata(metadata, executable, inputs.device)
+    if executable.lists and inputs.problem.batch:
+        bound = executable.bind_prepare(inputs.binding, index, forbid_load=forbidden)
+        tensors = {**inputs.tensors, **metadata._asdict()}
+        pointers = [tensors[name].data_ptr() + offset for name, offset in bound.operands]
+        on_gpu = inputs.device.type == "cuda"
+        bound.run(pointers, (), torch._C._cuda_getCurrentRawStream(index) if on_gpu else 0)
+    return metadata
+
+
+def _planned(q: Any, kv_cache: Any, arguments: dict[str, Any]) -> tuple[Executable, DecodeInputs, int, str | None]:
+    """(executable, checked call, device index, why nothing may be loaded) of a call that brings a work list."""
+    if arguments.get("scheduler", "auto") == "split":
+        raise InvalidInput("a work list is for the persistent scheduler; leave scheduler to auto")
+    given = {name: value for name, value in arguments.items() if name not in ("scheduler", "workspace", "metadata")}
+    inputs = decode_inputs(q, kv_cache, **given, scheduler="persistent", planned=True)
+    index = inputs.device.index or 0
+    capturing = inputs.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    forbidden = "under graph capture" if capturing else None
+    where = target.of_device(inputs.device.type, index)
+    return plan.executable_for(inputs.problem, where, forbid_compile=forbidden), inputs, index, forbidden
 
 
 def warmup(problems: Iterable[Problem], device: int | torch.device | None = None) -> list[Dispatch]:

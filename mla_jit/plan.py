@@ -285,6 +285,20 @@ class Executable:
         runtime = launch.runtime(self.target.runtime)
         return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
 
+    def bind_prepare(self, binding: Binding, device: int, *, forbid_load: str | None = None) -> Bound:
+        """The launches that fill the buffers which the caller of a planned problem brings. As `bind`."""
+        if forbid_load is not None:
+            self._check_loaded(device, forbid_load)
+        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
+        launches = self.variant.prepare(self.problem, self.target, self.config)
+        runtime = launch.runtime(self.target.runtime)
+        return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
+
+    @property
+    def lists(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of these buffers, int32, by name."""
+        return self.variant.lists(self.problem, self.target, self.config)
+
     def _check_loaded(self, device: int, reason: str) -> None:
         runtime = launch.runtime(self.target.runtime)
         for artifact in self.artifacts:

@@ -51,7 +51,8 @@ class DecodeProblem(Problem):
     (page · page_size + slot) · token stride, as a bulk copy needs), index64 (page table or lengths are int64).
     How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity), hinted
     (max_kv_len or total_kv came from the caller), total_kv (or None), num_kv_splits (the caller's wish, or None),
-    batch_invariant, scheduler (the caller's wish: "auto", "split" or "persistent").
+    batch_invariant, scheduler (the caller's wish: "auto", "split" or "persistent"), planned (the caller brings the
+    persistent scheduler's work list).
     """
 
     op: str = "decode"
@@ -86,6 +87,7 @@ class DecodeProblem(Problem):
     num_kv_splits: int | None = None
     batch_invariant: bool = False
     scheduler: str = "auto"
+    planned: bool = False
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -104,6 +106,7 @@ class DecodeProblem(Problem):
         _check(self.layout in LAYOUTS, f"layout {self.layout!r} is unknown; known: {', '.join(LAYOUTS)}")
         _check(self.paging in ("table", "csr"), f"paging {self.paging!r} is unknown; use 'table' or 'csr'")
         _check(self.scheduler in SCHEDULERS, f"scheduler {self.scheduler!r} is unknown; use {', '.join(SCHEDULERS)}")
+        _check(self.scheduler == "persistent" or not self.planned, "a work list is for the persistent scheduler alone")
         _check(
             self.num_kv_splits is None or self.num_kv_splits >= 1,
             f"num_kv_splits is {self.num_kv_splits}; it must be at least 1, or None to let the tuner choose",

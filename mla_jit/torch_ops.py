@@ -75,12 +75,12 @@ def _empty_lse(q: Tensor) -> Tensor:
 
 
 def traced_decode(
-    q: Any, kv_cache: Any, *, metadata: None = None, workspace: Tensor | None = None, out: Tensor | None = None,
+    q: Any, kv_cache: Any, *, metadata: Any = None, workspace: Tensor | None = None, out: Tensor | None = None,
     lse: Tensor | None = None, out_dtype: torch.dtype | None = None, return_lse: bool = False, **arguments: Any,
 ) -> Any:  # fmt: skip
     """What `mla_jit.decode` does while torch.compile traces it: the same call and result through the operators."""
     if metadata is not None:
-        raise InvalidInput("metadata is for the persistent scheduler, which this version does not have; pass None")
+        raise InvalidInput("metadata cannot be traced yet; call decode outside of torch.compile, or pass None")
     q_parts = tuple(q) if isinstance(q, (tuple, list)) else (q, None)
     kv_parts = tuple(kv_cache) if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
     if len(q_parts) != 2 or len(kv_parts) != 2:

@@ -46,6 +46,10 @@ class Variant:
     offsets: Callable[[Any, Target, Config], dict[str, int]] = (
         lambda problem, target, config: {}
     )  # where workspace buffers start, bytes
+    # the launches that fill the buffers which a caller brings (`planned`); () for a variant that takes none
+    prepare: Callable[[Any, Target, Config], tuple[Launch, ...]] = lambda problem, target, config: ()
+    # the shapes of these buffers, int32, by name
+    lists: Callable[[Any, Target, Config], dict[str, tuple[int, ...]]] = lambda problem, target, config: {}
     # (measured problem, asked problem, target, config): a config for the one, made to fit the sizes of the other
     resize: Callable[[Any, Any, Target, Config], Config] = lambda measured, asked, target, config: config
     revision: int = 1  # raised whenever a change of the template makes older measurements stale

@@ -35,7 +35,7 @@ _HARD_FIELDS = (
 )  # fmt: skip
 _SOFT_FIELDS = (
     "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
-    "misaligned", "flat_pages", "index64", "scheduler",
+    "misaligned", "flat_pages", "index64", "scheduler", "planned",
 )  # fmt: skip
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket

@@ -92,10 +92,11 @@ def _make_best(db: Database, problem: tuple[str, ...]) -> None:
 
 
 def _version_2(db: Database) -> None:
-    """A problem's scheduler; older rows asked for none."""
+    """A problem's scheduler, and whether its list is the caller's; older rows asked for none."""
     db.execute("ALTER TABLE trials ADD COLUMN scheduler TEXT NOT NULL DEFAULT 'auto'")
+    db.execute("ALTER TABLE trials ADD COLUMN planned INTEGER NOT NULL DEFAULT 0")
     db.execute("DROP VIEW best")
-    _make_best(db, (*_PROBLEM_1, "scheduler"))
+    _make_best(db, (*_PROBLEM_1, "scheduler", "planned"))
 
 
 # The function at place n takes a database of version n to n + 1; the version stands in PRAGMA user_version. They run in

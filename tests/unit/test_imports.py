@@ -21,7 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = "{m for m in sys.modules if m.split('.')[0] in ('torch', 'triton', 'cuda', 'numpy', 'pynvml', 'amdsmi', 'hip')}"
 
 PUBLIC = {
-    "decode", "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "export_plan", "load_plan",
+    "decode", "decode_metadata", "decode_metadata_info", "DecodeMetadata",
+    "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "export_plan", "load_plan",
     "autotune", "Dispatch", "Support",
     "DecodeProblem", "Problem", "Config", "Settings", "configure", "errors", "compat",
 }  # fmt: skip

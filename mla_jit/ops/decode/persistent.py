@@ -6,6 +6,7 @@ The kernels are in triton_persistent.py; tiles, arguments and combine are those 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from mla_jit.compile.artifact import Limits, Scalar, Source
@@ -131,19 +132,24 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     return walk, schedule, _source(target, "combine_listed", _combine(p, target, config), few, small)
 
 
+def _args(parts: Parts) -> tuple[Arg, ...]:
+    return tuple(arg for *_, arg in parts[1])
+
+
+def prepare(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
+    """The work list, by one program."""
+    return (Launch(1, (1, 1, 1), _args(_schedule(p, target, config))),)
+
+
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
-    """The list by one program; a program a (block of rows, KV head, group); the combine as for decode_splitk_triton."""
-
-    def args(parts: Parts) -> tuple[Arg, ...]:
-        return tuple(arg for *_, arg in parts[1])
-
+    """The list, unless the caller brings it; a program a (block of rows, KV head, group); the combine as elsewhere."""
     grid = (groups(p, target, config) * splitk._row_blocks(p, config), 1, 1)
     _, heads, columns = splitk._combine_tile(p, _like(config))
     sums = (max(1, -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch), 1, 1)
     return (
-        Launch(1, (1, 1, 1), args(_schedule(p, target, config))),
-        Launch(0, grid, args(_walk(p, target, config))),
-        Launch(2, sums, args(_combine(p, target, config))),
+        *(() if p.planned else prepare(p, target, config)),
+        Launch(0, grid, _args(_walk(p, target, config))),
+        Launch(2, sums, _args(_combine(p, target, config))),
     )
 
 
@@ -165,12 +171,17 @@ def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
     return _layout(p, target, config)["end"]
 
 
+def lists(p: DecodeProblem, target: Target, config: Config) -> dict[str, tuple[int, ...]]:
+    """The shapes of the work list's buffers, as triton_persistent.py describes them."""
+    count = groups(p, target, config)
+    return {"groups": (count + 1,), "info": (p.batch + count, 4), "sums": (p.batch, 2)}
+
+
 def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
     rows = _pieces(p, target, config) * p.q_len * p.num_heads
-    sizes = {
-        "part": rows * p.kv_lora_rank, "part_lse": rows, "groups": groups(p, target, config) + 1,
-        "info": 4 * _pieces(p, target, config), "sums": 2 * p.batch,
-    }  # fmt: skip
+    sizes = {"part": rows * p.kv_lora_rank, "part_lse": rows}
+    if not p.planned:
+        sizes |= {name: math.prod(shape) for name, shape in lists(p, target, config).items()}
     found, at = {}, 0
     for name, count in sizes.items():
         found[name] = at
@@ -193,5 +204,5 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 DECODE_PERSISTENT_TRITON = Variant(
     name=NAME, op="decode", backend="triton", revision=1, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
-    space=SPACE,
+    prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip
