@@ -577,7 +577,7 @@ def _shown(watch: _Watch, quiet: bool, as_json: bool) -> Iterator[Callable[[str]
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
         if console.is_terminal and not quiet:
-            stack.enter_context(Live(watch, console=console, transient=True))
+            stack.enter_context(Live(watch, console=console, transient=True, refresh_per_second=10))
         yield lambda text: None if quiet or (as_json and not console.is_terminal) else _print(console, text)
 
 

@@ -37,7 +37,8 @@ _ALIKE = 0.5  # how alike configs are that differ in one tunable, or by twice th
 _CURIOSITY = 0.12  # how much faster (log) than predicted a config may be of whose like none was measured
 _TRUST = 0.5  # measured likes that weigh as much as the mean of all
 _FAULTY = math.log(8)  # a fault counts as so much slower than predicted, so that its like come later
-_NOT_COMPILED = ("num_kv_splits", "min_tiles", "combine_s", "combine_h", "combine_d")  # into the first kernel
+_CUT = ("min_tiles", "overhead", "waves")  # how work is cut, beside the splits
+_NOT_COMPILED = ("num_kv_splits", *_CUT, "combine_s", "combine_h", "combine_d")  # into the first kernel
 
 
 class Measurement(Protocol):
@@ -426,8 +427,8 @@ def _kernels_alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> float:
 
 
 def _rest(config: Config) -> tuple[Any, ...]:
-    """How partials are combined, and the least piece."""
-    return (tuple(v for name, v in config.items_ if name.startswith("combine_")), config.get("min_tiles"))
+    """How partials are combined, and how work is cut."""
+    return (tuple(v for name, v in config.items_ if name.startswith("combine_")), *map(config.get, _CUT))
 
 
 def _group(config: Config) -> tuple[Any, ...]:

@@ -105,7 +105,7 @@ def test_plan_estimates_the_time_from_what_is_measured_and_compiled() -> None:
         assert few <= row["auto_s"] <= few + 2.5 * len(new) / 5
         assert row["measured"] < row["candidates"]
     assert [row["problem"]["total_kv"] is None for row in found["shapes"]] == [True, True, False]
-    assert new == set()  # of a ragged batch: those of the even one
+    assert {source.name.partition("_decode")[0] for source in new} == {"decode_persistent_triton"}  # for uneven lengths
     for how in ("auto_s", "exhaustive_s"):
         assert found["total"][how] == pytest.approx(sum(row[how] for row in found["shapes"]))
     assert found["total"]["auto_s"] < found["total"]["exhaustive_s"]
@@ -387,6 +387,7 @@ LONG = ("run", *small("1,2", "64,128"))
 def start(database: Path, *arguments: object, report: Path | str = "", **more: Any) -> subprocess.Popen[bytes]:
     """`mla-tune` with these arguments, on the CPU."""
     env = {**os.environ, "MLA_JIT_TARGET": "cpu", "MLA_JIT_TUNING_DB": str(database), "TERM": "xterm"}
+    env = {name: value for name, value in env.items() if name not in ("COLUMNS", "LINES")}  # the terminal says it
     paths = [str(Path(mla_jit.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-c", CODE, report, *arguments]
     return subprocess.Popen(
@@ -495,10 +496,13 @@ def test_progress_on_a_terminal(database: Path) -> None:
     lines = [" ".join(re.sub("[━╸╺]", "", line).split()) for line in re.split(r"[\r\n]+", text)]
     for wanted in (
         r"shapes 0/2 \d:\d\d:\d\d", r"shapes 1/2 \d:\d\d:\d\d, about \d:\d\d:\d\d left",
-        r"cpu \d+/\d\d 5 heads × 1 × 128 best \d+\.\d us, default \d+\.\d", r"cpu \d+/\d\d 5 heads × 2 × 128.*",
+        r"cpu \d+/\d\d 5 heads × 1 × 128 best \d+\.\d us, default \d+\.\d.*", r"cpu \d+/\d\d 5 heads × 2 × 128.*",
         r"decode 5 heads/1 .* kv<=128: \d+\.\d us, default .*",
     ):  # fmt: skip
-        assert any(re.fullmatch(wanted, line) for line in lines), wanted
+        assert any(re.fullmatch(wanted, line) for line in lines), (
+            wanted,
+            sorted({x for x in lines if x.startswith(("shapes", "cpu"))}),
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ the watch

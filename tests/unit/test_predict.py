@@ -295,7 +295,7 @@ def test_nothing_counts_it_as_tuned_or_measured(database: Path) -> None:
 
 def test_measured_rows_and_those_of_other_problems_stay_in_the_file(tmp_path: Path) -> None:
     path = predict.path_of(tmp_path, AMPERE)
-    assert path == tmp_path / "nvidia_a100_80gb_sxm" / "decode.jsonl"
+    assert path == tmp_path / "nvidia_a100_sxm4_80gb" / "decode.jsonl"
     assert predict.beside(path, [IDLE], AMPERE) == []
     measured, old, other = trial(DEFAULT), predicted(us=11.0), predicted(problem=FULL)
     shipped.export([measured, old, other], path)
