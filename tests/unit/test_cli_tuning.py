@@ -452,7 +452,8 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(database: P
 
 def test_a_second_ctrl_c_ends_at_once(database: Path) -> None:
     process = start(database, *LONG)
-    wait_for(lambda: workers_of(process.pid))  # it needs seconds until it can measure
+    wait_for(lambda: workers_of(process.pid))  # a worker needs seconds until it can measure
+    time.sleep(0.7)  # by then the sweep waits for it
     workers = workers_of(process.pid)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
