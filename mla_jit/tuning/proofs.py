@@ -26,6 +26,7 @@ from mla_jit.tuning.store import Store
 
 Heard = Callable[[str, sweep.Finished], None]  # (search, shape) as each shape of a sweep is finished
 
+_HANG_S = 20.0  # after which a candidate is killed
 _BUDGET_S = 3600.0  # of a shape, on average; a search that it cuts short is an error
 _TURNS = 4  # of each config in a comparison, there and back
 
@@ -111,7 +112,7 @@ def _searched(
     with _cached(root), Store(root / "tuning.db") as store, Pool([device]) as pool:
         for done in sweep.run(
             shapes, target, [device], pool, store, budget_s=_BUDGET_S * len(shapes), how=how, cross=False,
-            command=f"proof: {how}",
+            timeout_s=_HANG_S, command=f"proof: {how}",
         ):  # fmt: skip
             found[done.problem] = _ended(done), done.seconds
             if on_shape is not None:
@@ -218,7 +219,7 @@ def neighbour_rows(
     ):  # fmt: skip
         for done in sweep.run(
             shapes, target, [device], pool, store, budget_s=_BUDGET_S * len(shapes), cross=False,
-            command="proof: neighbours",
+            timeout_s=_HANG_S, command="proof: neighbours",
         ):  # fmt: skip
             problem = done.problem
             default = plan.analytic(problem, target).config
