@@ -316,7 +316,8 @@ class Store:
             if 0 < (version := _version(connection, self.path)) < len(MIGRATIONS):
                 raise StoreError(
                     f"the tuning database {self.path} has schema version {version}, this mla_jit has "
-                    f"{len(MIGRATIONS)}; open it once for writing (`mla-tune run` or Store(path)) to bring it up to date"
+                    f"{len(MIGRATIONS)}; open it once for writing (`mla-tune run`, or Store(path)), which brings it "
+                    "up to date"
                 )
         except BaseException:
             connection.close()
