@@ -115,7 +115,7 @@ def memory_bytes() -> int | None:
 def _by_driver() -> tuple[Target, int] | None:
     """The first CUDA device and its bytes of memory, by the driver's own word: seconds sooner than torch is imported.
 
-    None where cuda-bindings or a device are missing: then torch has the say.
+    None where cuda-bindings (CUDA builds of torch bring them), a driver or a device are missing: torch has the say.
     """
     try:
         from cuda.bindings import driver
@@ -141,5 +141,5 @@ def _by_driver() -> tuple[Target, int] | None:
         name = asked(*driver.cuDeviceGetName(256, device)).split(b"\0")[0].decode()
         found = dataclasses.replace(row, device=name, sms=sms, smem_bytes=min(row.smem_bytes, smem))
         return found, int(asked(*driver.cuDeviceTotalMem(device)))
-    except LookupError:  # UnknownTarget is one
+    except (LookupError, RuntimeError, OSError):  # no row, an error of the driver, no driver: torch has the say
         return None

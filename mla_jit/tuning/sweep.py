@@ -240,7 +240,11 @@ class _Sweep:
 
     def cross(self, problem: DecodeProblem, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""
-        found = dict.fromkeys(config for kin, config in self.family(problem).items() if kin != problem)
+        family = self.family(problem)
+        found = dict.fromkeys(config for kin, config in family.items() if kin != problem)
+        if found:  # and what a call without hints has without a database
+            longest = max(family, key=lambda kin: (kin.max_kv_len, kin.total_kv is None))
+            found |= dict.fromkeys(candidates(longest, self.target)[:1])
         known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
         legal = _legal(problem, self.target)
         todo = [config for config in found if config not in known and legal(config)]

@@ -132,7 +132,10 @@ class Driver(types.ModuleType):
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = "major", "minor"
         CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = "sms", "smem"
     devices = 1
-    def cuInit(self, flags): return (0 if self.devices else 100,)
+    def cuInit(self, flags):
+        if self.devices is None:
+            raise RuntimeError('"cuda" is an NVIDIA driver library and can only be found via system search')
+        return (0 if self.devices else 100,)
     def cuDeviceGet(self, index): return 0, index
     def cuDeviceGetAttribute(self, kind, device): return 0, {"major": 9, "minor": 0, "sms": 78, "smem": 200000}[kind]
     def cuDeviceGetName(self, size, device): return 0, b"Some GPU" + bytes(248)
@@ -143,10 +146,10 @@ sys.modules["cuda.bindings"].driver = driver
 from mla_jit import target
 found = target.here()
 print(found.name, found.device, found.sms, found.smem_bytes, target.memory_bytes() >> 30, "torch" in sys.modules)
-target._by_driver.cache_clear()
-driver.devices = 0
-print(target._by_driver())
+for driver.devices in (0, None):
+    target._by_driver.cache_clear()
+    print(target._by_driver(), target.here().name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["sm_90 Some GPU 78 200000 5 False", "None"]
+    assert done.stdout.splitlines() == ["sm_90 Some GPU 78 200000 5 False", "None cpu", "None cpu"]
