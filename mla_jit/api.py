@@ -61,6 +61,7 @@ class _Call(NamedTuple):
 
 
 _calls: dict[tuple[Any, ...], _Call] = {}
+_prepared: dict[tuple[Any, ...], Bound] = {}  # what makes a work list
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _last: Dispatch | None = None
 _passing = threading.local()
@@ -426,7 +427,13 @@ def decode_metadata(
         ))  # fmt: skip
     _check_metadata(metadata, executable, inputs.device)
     if executable.lists and inputs.problem.batch:
-        bound = executable.bind_prepare(inputs.binding, index, forbid_load=forbidden)
+        ranks = arguments.get("cp_rank", 0), arguments.get("cp_world", 1)
+        key = executable.problem, executable.target, executable.config, index, *ranks
+        if (bound := _prepared.get(key)) is None:
+            if len(_prepared) >= _MOST:
+                _prepared.clear()
+            bound = executable.bind(inputs.binding, index, forbid_load=forbidden, prepare=True)
+            _prepared[key] = bound
         tensors = {**inputs.tensors, **metadata._asdict()}
         pointers = [tensors[name].data_ptr() + offset for name, offset in bound.operands]
         on_gpu = inputs.device.type == "cuda"
@@ -508,3 +515,4 @@ def reload() -> None:
     """Forgets all resolved choices: the next calls resolve again. Compiled kernels stay in the cache."""
     plan.forget()
     _calls.clear()
+    _prepared.clear()

@@ -5,8 +5,6 @@ Exit codes: 0 done, 1 nothing to report or no way to write, 2 wrong usage or the
 
 from __future__ import annotations
 
-import os
-import uuid
 from pathlib import Path
 
 import click
@@ -60,16 +58,9 @@ def report(file: Path, db: Path | None, device: str | None, as_json: bool) -> in
 
 
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    from mla_jit import resources
+
     try:
-        try:
-            with staged.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
+        resources.write_whole(path, text)
     except OSError as error:
         raise MlaJitError(f"the report cannot be written to {path}: {error}; name another file") from error

@@ -273,30 +273,25 @@ class Executable:
         self.workspace_bytes = dispatch.workspace_bytes
         self.offsets = choice.variant.offsets(problem, target, choice.config)
 
-    def bind(self, binding: Binding, device: int, *, forbid_load: str | None = None) -> Bound:
+    def bind(
+        self, binding: Binding, device: int, *, forbid_load: str | None = None, prepare: bool = False
+    ) -> Bound:  # fmt: skip
         """The launches of this problem on a device, with strides and sizes packed.
 
-        `forbid_load` is a reason, such as graph capture, for which a kernel that is not on the device raises CacheMiss.
+        `prepare`: those that fill the buffers which the caller of a planned problem brings. `forbid_load` is a reason,
+        such as graph capture, for which a kernel that is not on the device raises CacheMiss.
         """
         if forbid_load is not None:
             self._check_loaded(device, forbid_load)
         numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
-        launches = self.variant.launches(self.problem, self.target, self.config)
-        runtime = launch.runtime(self.target.runtime)
-        return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
-
-    def bind_prepare(self, binding: Binding, device: int, *, forbid_load: str | None = None) -> Bound:
-        """The launches that fill the buffers which the caller of a planned problem brings. As `bind`."""
-        if forbid_load is not None:
-            self._check_loaded(device, forbid_load)
-        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
-        launches = self.variant.prepare(self.problem, self.target, self.config)
+        rule = self.variant.prepare if prepare else self.variant.launches
+        launches = rule(self.problem, self.target, self.config)
         runtime = launch.runtime(self.target.runtime)
         return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
 
     @property
     def lists(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of these buffers, int32, by name."""
+        """The shapes of the buffers that the caller of a planned problem brings, int32, by name."""
         return self.variant.lists(self.problem, self.target, self.config)
 
     def _check_loaded(self, device: int, reason: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mla_jit import models, ops, plan
+from mla_jit import models, ops, plan, resources
 from mla_jit.compile.artifact import Source
 from mla_jit.errors import InvalidInput, MlaJitError, NoVariant
 from mla_jit.problem import DecodeProblem
@@ -141,7 +141,7 @@ def read(path: Path) -> Schedule:
 def write(schedule: Schedule, path: Path) -> None:
     """MlaJitError if the file cannot be written."""
     try:
-        path.write_text(json.dumps(schedule.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        resources.write_whole(path, json.dumps(schedule.to_json(), indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise MlaJitError(f"{path} cannot be written: {error.strerror or error}; name another file") from error
 

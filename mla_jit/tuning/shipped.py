@@ -6,8 +6,6 @@ No lookup writes a file, whatever is in them. Imports neither SQLite nor torch.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -64,16 +62,7 @@ def export(trials: Iterable[Trial], path: Path) -> int:
     """
     rows = sorted({trial.to_json(): trial for trial in map(plain, trials)}.values(), key=_order)
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with staged.open("x", encoding="utf-8") as file:
-            file.writelines(f"{trial.to_json()}\n" for trial in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        staged.replace(path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    resources.write_whole(path, "".join(f"{trial.to_json()}\n" for trial in rows))
     return len(rows)
 
 

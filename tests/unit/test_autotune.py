@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import children
 
 import mla_jit
 from mla_jit import api, plan, settings, target, trial
@@ -45,19 +46,6 @@ def database(tmp_path: Path, cache_dir: str) -> Iterator[Path]:
     mla_jit.reload()
     assert plan.on_miss is None
     assert children() <= before
-
-
-def children() -> set[int]:
-    """Processes whose parent we are, zombies too."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(state[1]) == os.getpid():
-            found.add(int(path.parent.name))
-    return found
 
 
 def decode(problem: DecodeProblem, **more: Any) -> plan.Dispatch:

@@ -23,6 +23,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from helpers import invoke, invoke_json
 from rich.console import Console
 
 import mla_jit
@@ -47,18 +48,6 @@ def database(tmp_path: Path) -> Iterator[Path]:
         mla_jit.reload()
         yield tmp_path / "tuning.db"
     mla_jit.reload()
-
-
-def invoke(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.output
-
-
-def invoke_json(*arguments: object, code: int = 0) -> Any:
-    done = CliRunner().invoke(main, [*(str(a) for a in arguments), "--json"])
-    assert done.exit_code == code, done.output
-    return json.loads(done.stdout)
 
 
 # ----------------------------------------------------------------------------------------------------------------- plan

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from helpers import invoke, invoke_json
 
 from mla_jit import plan, resources, settings, target
-from mla_jit.cli import main
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, MlaJitError, StoreError
 from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
@@ -87,18 +86,6 @@ def trials(path: Path) -> list[Trial]:
 
 def days_ago(days: float) -> str:
     return (dt.datetime.now(dt.timezone.utc) - dt.timedelta(days=days)).isoformat(timespec="seconds")
-
-
-def invoke(*arguments: object, code: int = 0) -> str:
-    done = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert done.exit_code == code, done.output
-    return done.output
-
-
-def invoke_json(*arguments: object, code: int = 0) -> Any:
-    done = CliRunner().invoke(main, [*(str(a) for a in arguments), "--json"])
-    assert done.exit_code == code, done.output
-    return json.loads(done.stdout)
 
 
 # ---------------------------------------------------------------------------------------------------------------- Store

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from helpers import children
 
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, MlaJitError
@@ -73,19 +74,6 @@ def patience(does: str) -> float:
 
 def lines(log: Path) -> list[list[str]]:
     return [line.split() for line in log.read_text().splitlines()]
-
-
-def children() -> set[int]:
-    """Processes whose parent we are, zombies too."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(state[1]) == os.getpid():
-            found.add(int(path.parent.name))
-    return found
 
 
 def running(pid: int) -> bool:
