@@ -17,7 +17,7 @@ captured serves other lengths.
 import triton
 import triton.language as tl
 
-from mla_jit.ops.decode.triton_splitk import _lengths, _piece, _sum_pieces, _visible
+from mla_jit.ops.decode.triton_splitk import _lengths, _piece, _sum_pieces, _tokens, _visible
 
 
 @triton.jit
@@ -134,12 +134,7 @@ def decode_persistent(
                 pages_ptr = table_ptr + b.to(tl.int64) * table_stride
             else:
                 pages_ptr = table_ptr + tl.load(kv_indptr_ptr + b).to(tl.int64)
-            if qo_indptr_ptr is None:
-                q_len = max_q_len
-                q_first = b * max_q_len
-            else:
-                q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-                q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+            q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
             length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
             if row_block * BLOCK_M < q_len * G:
                 _piece(piece, row_block, kvh, pages_ptr, length, _visible(length, cp_rank, cp_world, CP), q_first,
@@ -169,12 +164,8 @@ def combine_listed(
     b = pid // (COLUMNS * GROUPS * max_q_len)
     first = tl.load(sums_ptr + 2 * b)
     used = tl.load(sums_ptr + 2 * b + 1)
-    q_tok = b * max_q_len + tok
-    q_len = max_q_len
-    if qo_indptr_ptr is not None:
-        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
-        q_tok = q_first + tok
+    q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
+    q_tok = q_first + tok
     if (used > 1) and (tok < q_len):
         _sum_pieces(first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
                     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul, H, C, BLOCK_S, BLOCK_H,

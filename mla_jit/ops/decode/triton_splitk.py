@@ -55,6 +55,18 @@ def _lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: tl.constexpr, PAGE
 
 
 @triton.jit
+def _tokens(b, qo_indptr_ptr, max_q_len):
+    """(first query token of sequence b, how many it has)."""
+    if qo_indptr_ptr is None:
+        q_len = max_q_len
+        q_first = b * max_q_len
+    else:
+        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
+        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+    return q_first, q_len
+
+
+@triton.jit
 def _visible(limit, cp_rank, cp_world, CP: tl.constexpr):
     """How many tokens of this rank's share of the sequence lie below the global position `limit`."""
     if CP:
@@ -383,12 +395,7 @@ def decode_splitk(
         pages_ptr = table_ptr + b.to(tl.int64) * table_stride
     else:
         pages_ptr = table_ptr + tl.load(kv_indptr_ptr + b).to(tl.int64)
-    if qo_indptr_ptr is None:
-        q_len = max_q_len
-        q_first = b * max_q_len
-    else:
-        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
+    q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
     kv_len = _visible(length, cp_rank, cp_world, CP)
     tiles = tl.cdiv(kv_len, BLOCK_N)
     per_split = _even_pieces(tiles, num_splits, min_tiles)
@@ -486,12 +493,8 @@ def combine(
             first = tl.sum(tl.where(offs_b < b, every, 0), 0)
             pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
             used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
-    q_tok = b * max_q_len + tok
-    q_len = max_q_len
-    if qo_indptr_ptr is not None:
-        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
-        q_tok = q_first + tok
+    q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
+    q_tok = q_first + tok
     if (used <= 1) or (tok >= q_len):
         return
     if PDL:
