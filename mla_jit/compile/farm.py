@@ -23,13 +23,14 @@ Result = tuple[Artifact, cache.Origin] | MlaJitError
 class Farm:
     """Compiles `jobs` sources at a time, one a usable CPU if absent. A context manager; safe in threads.
 
-    What is asked for comes before what is only expected (`idle`); that takes no more than three quarters of them.
+    What is asked for comes before what is only expected (`idle`: 1, or more for what is expected later); that takes no
+    more than three quarters of them.
     """
 
     def __init__(self, jobs: int | None = None):
         self._jobs = jobs or len(os.sched_getaffinity(0))
         self._futures: dict[Source, Future[Result]] = {}
-        self._queue: list[tuple[bool, int, Source]] = []
+        self._queue: list[tuple[int, int, Source]] = []
         self._numbers = itertools.count()
         self._compilers: list[Compiler] = []
         self._threads = 0
@@ -38,7 +39,7 @@ class Farm:
         self._changed = threading.Condition()
         self._finalizer = weakref.finalize(self, _end, self._compilers)  # at exit, too
 
-    def submit(self, source: Source, *, idle: bool = False) -> Future[Result]:
+    def submit(self, source: Source, *, idle: int = 0) -> Future[Result]:
         """The artifact and where it came from, or the error, once it is there. Cancelled where the farm is closed."""
         with self._changed:
             future = self._futures.get(source)
@@ -72,10 +73,10 @@ class Farm:
                     future.set_exception(error)
                 with self._changed:
                     self._busy -= 1
-                    self._idle -= idle
+                    self._idle -= idle > 0
                     self._changed.notify_all()
 
-    def _next(self) -> tuple[bool, Source, Future[Result]] | None:
+    def _next(self) -> tuple[int, Source, Future[Result]] | None:
         """The next to compile, waiting for one; None once the farm is closed."""
         with self._changed:
             while not self._closed:
@@ -84,7 +85,7 @@ class Farm:
                     future = self._futures[source]
                     if not future.running() and not future.done() and future.set_running_or_notify_cancel():
                         self._busy += 1
-                        self._idle += idle
+                        self._idle += idle > 0
                         return idle, source, future
                 self._changed.wait()
         return None

@@ -27,8 +27,8 @@ class Builds:
         self._target = target
         self._farm = Farm(jobs)
 
-    def start(self, problem: DecodeProblem, configs: Iterable[Config], *, idle: bool = False) -> None:
-        """Begins with the kernels of these configs; `idle`: when there is nothing else to compile."""
+    def start(self, problem: DecodeProblem, configs: Iterable[Config], *, idle: int = 0) -> None:
+        """Begins with the kernels of these configs; `idle`: as Farm has it."""
         for config in configs:
             for source in self._sources(problem, config):
                 self._farm.submit(source, idle=idle)

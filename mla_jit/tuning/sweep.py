@@ -125,12 +125,11 @@ def run(
     """
     sweep = _Sweep(
         target, pool, store, how, resume, timeout_s, command, on_event, stop or threading.Event(),
-        time.monotonic() + budget_s, len(devices), len(problems), builds or Builds(target),
+        time.monotonic() + budget_s, len(devices), problems, len(problems), builds or Builds(target),
     )  # fmt: skip
     todo: queue.SimpleQueue[DecodeProblem] = queue.SimpleQueue()
     for problem in problems:
         todo.put(problem)
-    following = dict(itertools.pairwise(problems))
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
     tuned = threading.Barrier(len(devices))
 
@@ -142,7 +141,7 @@ def run(
                     problem = todo.get_nowait()
                 except queue.Empty:
                     break
-                finished = sweep.tune(problem, device, following.get(problem))
+                finished = sweep.tune(problem, device)
                 mine.append(problem)
                 done.put(finished)
             tuned.wait()
@@ -190,8 +189,10 @@ class _Sweep:
     stop: threading.Event
     deadline: float
     devices: int
+    problems: Sequence[DecodeProblem]
     left: int
     builds: Builds
+    legal: dict[DecodeProblem, list[Config]] = field(default_factory=dict)  # candidates of problems that are to come
     winners: dict[DecodeProblem, Config] = field(default_factory=dict)
     defaults: dict[DecodeProblem, Config] = field(default_factory=dict)
     default_us: dict[DecodeProblem, float] = field(default_factory=dict)
@@ -204,8 +205,8 @@ class _Sweep:
             left_s = max(0.0, self.deadline - time.monotonic())
             return min(left_s, _SHARES * left_s * self.devices / max(self.left, self.devices))
 
-    def tune(self, problem: DecodeProblem, device: str, following: DecodeProblem | None) -> Finished:
-        """Searches the best config, unless that was finished before. `following` will be the next of its thread."""
+    def tune(self, problem: DecodeProblem, device: str) -> Finished:
+        """Searches the best config, unless that was finished before."""
         started = time.monotonic()
         same = self.trials(problem)
         known = {(trial.config, trial.effort): _measurement(trial) for trial in same} if self.resume else {}
@@ -215,16 +216,13 @@ class _Sweep:
             self.winners[problem] = preferred(played)
         else:
             self.pool.start(device)
-            found = candidates(problem, self.target)
+            found = self.candidates(problem)
             self.builds.start(problem, found[:1])
             if found:
                 self.defaults[problem] = found[0]
-            if self.how == "auto":  # what it, and then the next, may come to want, while this one is measured
+            if self.how == "auto":  # what it, and then later ones, may come to want, while this one is measured
                 self.builds.start(problem, search.first(problem, self.target, found))
-                if following is not None:
-                    later = search.first(following, self.target, candidates(following, self.target))
-                    self.builds.start(following, later, idle=True)
-                self.builds.start(problem, search.kernels(problem, self.target, found), idle=True)
+                self.expect(problem, found)
             outcome = search.tune(
                 problem, self.target, found,
                 lambda config, effort: self.measure(problem, device, config, effort),
@@ -234,9 +232,32 @@ class _Sweep:
             )  # fmt: skip
             if outcome.median_us is not None:
                 self.winners[problem] = outcome.winner
+        self.legal.pop(problem, None)
         with self.lock:
             self.left -= 1
         return Finished(problem, device, outcome, time.monotonic() - started)
+
+    def candidates(self, problem: DecodeProblem) -> list[Config]:
+        if problem not in self.legal:
+            self.legal[problem] = candidates(problem, self.target)
+        return self.legal[problem]
+
+    def expect(self, problem: DecodeProblem, found: Sequence[Config]) -> None:
+        """Has kernels compiled before they are asked for: this problem's, the following one's, those of the next kind.
+
+        The first search of a kind would else wait for compilers; all later ones of a kind share its kernels.
+        """
+        later = itertools.islice(self.problems, self.problems.index(problem) + 1, None)
+        following = next(later, None)
+        if following is not None:
+            self.builds.start(following, search.first(following, self.target, self.candidates(following)), idle=1)
+        self.builds.start(problem, search.kernels(problem, self.target, found), idle=1)
+        ahead = [following] if following is not None else []
+        other = next((p for p in (*ahead, *later) if _but_batch(p) != _but_batch(problem)), None)
+        if other is not None:
+            of_other = self.candidates(other)
+            self.builds.start(other, search.first(other, self.target, of_other), idle=2)
+            self.builds.start(other, search.kernels(other, self.target, of_other), idle=3)
 
     def cross(self, problem: DecodeProblem, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""
