@@ -24,7 +24,7 @@ BUDGET_S = 90.0
 
 @pytest.fixture(autouse=True)
 def database(tmp_path: Path) -> Iterator[Path]:
-    with settings.scope(tuning_db=tmp_path / "tuning.db"):
+    with settings.scope(tuning_db=tmp_path / "tuning.db", shipped_db=False):
         mla_jit.reload()
         yield tmp_path / "tuning.db"
     mla_jit.reload()

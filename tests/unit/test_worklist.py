@@ -46,7 +46,7 @@ def check(tiles: list[int], groups: int, overhead: int, most_pieces: int) -> Non
         assert pieces[-1][1] == n
         assert n == 0 or all(last > first for first, last, _ in pieces)
         assert len(pieces) <= most_pieces
-        start, count = found.sums[b]
+        start, count, _ = found.sums[b]
         assert [place for _, _, place in pieces] == list(range(start, start + count))
     for a, b in zip(found.groups, found.groups[1:], strict=False):
         pieces_of = [info for info in found.info[a:b] if info[3]]
@@ -78,6 +78,7 @@ import os, random, sys
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from mla_jit.ops.decode import triton_persistent as kernels
+from mla_jit.ops.decode.persistent import _steps as steps
 from mla_jit.ops.decode.worklist import work_list
 sys.path.insert(0, {tests!r})
 from test_worklist import some_batch
@@ -85,11 +86,11 @@ rng = random.Random({seed})
 for _ in range({count}):
     tiles, groups, overhead, most_pieces = some_batch(rng)
     lens = torch.tensor([max(0, 64 * n - rng.randrange(64)) if n else 0 for n in tiles], dtype=torch.int32)
-    shapes = (groups + 1,), (len(tiles) + groups, 4), (len(tiles), 2)
+    shapes = (groups + 1,), (len(tiles) + groups, 4), (len(tiles), 3)
     made = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
     kernels.schedule[(1,)](
         lens, None, None, *made, len(tiles), groups, overhead, most_pieces, 0, 1,
-        PAGE=64, BLOCK_N=64, CP=False, HAS_LENS=True, CHUNK=32, GROUPS=max(16, 1 << (groups - 1).bit_length()),
+        PAGE=64, BLOCK_N=64, CP=False, HAS_LENS=True, CHUNK=32, STEPS=steps(len(tiles)),
     )
     want = work_list(tiles, groups, overhead, most_pieces)
     assert made[0].tolist() == list(want.groups), (tiles, groups, overhead)

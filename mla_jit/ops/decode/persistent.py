@@ -20,7 +20,7 @@ from mla_jit.target import Target
 NAME = "decode_persistent_triton"
 _MODULE = "mla_jit.ops.decode.triton_persistent"
 _PATH = str(Path(__file__).with_name("triton_persistent.py"))
-_CHUNK = 64  # sequences that `schedule` looks at together
+_CHUNK = 256  # sequences, or groups, that `schedule` looks at together
 _MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
@@ -77,6 +77,11 @@ def _lists(p: DecodeProblem, names: tuple[str, ...]) -> list[tuple[str, str, Arg
     return [(f"{name}_ptr", "*i32:16", Arg("ptr", name)) for name in names]
 
 
+def _steps(batch: int) -> int:
+    """In how many a sequence is found among so many: by few sizes, so that few kernels are compiled."""
+    return next((n for n in (8, 12, 16) if batch <= 1 << n), 31)
+
+
 def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
     """(constants, [(parameter, signature entry, launch argument)]) of the first kernel."""
     absent = splitk._absent(p)
@@ -84,7 +89,7 @@ def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in lengths if name in absent}
     constants |= {
         "PAGE": p.page_size, "BLOCK_N": config.int("block_n"), "CP": p.context_parallel, "HAS_LENS": p.has_lens,
-        "CHUNK": _CHUNK, "GROUPS": splitk._pow2(groups(p, target, config), 16),
+        "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
     }  # fmt: skip
     arguments = [(f"{n}_ptr", splitk._pointer(p, target, n), Arg("ptr", n)) for n in lengths if n not in absent]
     numbers = ("batch", "groups", "overhead", "most_pieces", "cp_rank", "cp_world")
@@ -174,7 +179,7 @@ def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
 def lists(p: DecodeProblem, target: Target, config: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of the work list's buffers, as triton_persistent.py describes them."""
     count = groups(p, target, config)
-    return {"groups": (count + 1,), "info": (p.batch + count, 4), "sums": (p.batch, 2)}
+    return {"groups": (count + 1,), "info": (p.batch + count, 4), "sums": (p.batch, 3)}
 
 
 def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:

@@ -7,7 +7,7 @@ walks one of them. So the slowest group has at most `overhead` more than the mea
 A piece begins where a sequence or a group does; there are batch + groups of them, in the order of the line, of equal
 places the group's first. info [pieces, 4]: sequence, first tile, last tile, and how many pieces with tiles its sequence
 has: 0 where the piece has none and nothing to do. `groups_ptr` [groups + 1]: where each group's pieces begin.
-`sums_ptr` [batch, 2]: the first piece with tiles of a sequence, and how many follow one another.
+`sums_ptr` [batch, 3]: the first piece with tiles of a sequence, how many follow one another, where it begins.
 
 A piece is computed as in triton_splitk.py. A sequence in one piece goes to `out` at once; the others leave partials,
 summed in the order of the pieces: the same inputs give the same bits. All is integers and fixed sizes: a graph that was
@@ -35,9 +35,9 @@ def schedule(
     lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, overhead, most_pieces,
     cp_rank, cp_world,
     PAGE: tl.constexpr, BLOCK_N: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr,
-    CHUNK: tl.constexpr, GROUPS: tl.constexpr,
+    CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program. most_pieces: no sequence is cut into more than so many (at least 2)."""
+    """One program. most_pieces: no sequence is cut into more than so many (at least 2). 2^STEPS >= batch."""
     offs = tl.arange(0, CHUNK)
     total = tl.zeros((), tl.int32)
     longest = tl.zeros((), tl.int32)
@@ -49,20 +49,13 @@ def schedule(
     # of a sequence no longer than (n - 1) lengths of a group n pieces have tiles at most
     length = tl.maximum(tl.maximum(tl.cdiv(total, groups), tl.cdiv(longest, most_pieces - 1)), 1)
 
-    g = tl.arange(0, GROUPS)
-    begin = g * length  # of a group, on the line
-    before = tl.zeros((GROUPS,), tl.int32)  # sequences that begin before the group
-    b_of = tl.zeros((GROUPS,), tl.int32) - 1  # the last one that begins no later
-    start_of = tl.zeros((GROUPS,), tl.int32) - 1
-    tiles_of = tl.zeros((GROUPS,), tl.int32)
     start = tl.zeros((), tl.int32)
     for b0 in tl.range(0, batch, CHUNK, num_stages=1):
         b = b0 + offs
         ok = b < batch
         tiles, costs = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
                               HAS_LENS, PAGE, CP, BLOCK_N)  # fmt: skip
-        ends = start + tl.cumsum(costs, 0)
-        starts = ends - costs
+        starts = start + tl.cumsum(costs, 0) - costs
         start += tl.sum(costs, 0)
         group = starts // length
         piece = b + group + 1
@@ -74,32 +67,37 @@ def schedule(
         tl.store(info_ptr + 4 * piece + 1, tl.zeros_like(b), mask=ok)
         tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
         tl.store(info_ptr + 4 * piece + 3, tl.where((tiles == 0) | (last > 0), parts, 0), mask=ok)
-        tl.store(sums_ptr + 2 * b, piece + first - group, mask=ok)
-        tl.store(sums_ptr + 2 * b + 1, parts, mask=ok)
-        # of each group: the latest sequence of these that begins no later than it does
-        no_later = (starts[None, :] <= begin[:, None]) & ok[None, :]
-        before += tl.sum((no_later & (starts[None, :] < begin[:, None])).to(tl.int32), 1)
-        latest = tl.max(tl.where(no_later, starts[None, :], -1), 1)
-        is_it = no_later & (starts[None, :] == latest[:, None])
-        found = latest >= 0
-        b_of = tl.where(found, tl.sum(tl.where(is_it, b[None, :], 0), 1), b_of)
-        tiles_of = tl.where(found, tl.sum(tl.where(is_it, tiles[None, :], 0), 1), tiles_of)
-        start_of = tl.where(found, latest, start_of)
+        tl.store(sums_ptr + 3 * b, piece + first - group, mask=ok)
+        tl.store(sums_ptr + 3 * b + 1, parts, mask=ok)
+        tl.store(sums_ptr + 3 * b + 2, starts, mask=ok)
+    tl.debug_barrier()  # the starts are read below
 
-    piece = g + before
-    kept = start_of + tl.where(tiles_of > 0, overhead, 0)
-    first = tl.maximum(tl.minimum(begin - kept, tiles_of), 0)
-    last = tl.maximum(tl.minimum(begin + length - kept, tiles_of), 0)
-    # a sequence that begins where the group does has a piece of its own
-    some = (last > first) & (start_of < begin)
-    parts = (kept + tiles_of - 1) // length - kept // length + 1
-    ok = g < groups
-    tl.store(groups_ptr + g, piece, mask=ok)
+    for g0 in tl.range(0, groups, CHUNK, num_stages=1):
+        g = g0 + offs
+        begin = g * length  # of a group, on the line
+        b = tl.zeros((CHUNK,), tl.int32)  # the last sequence that begins no later; the first begins at 0
+        begun = tl.zeros((CHUNK,), tl.int32)
+        for k in tl.static_range(STEPS):
+            probe = b + (1 << (STEPS - 1 - k))
+            at = tl.load(sums_ptr + 3 * probe + 2, mask=probe < batch, other=2147483647)
+            b = tl.where(at <= begin, probe, b)
+            begun = tl.where(at <= begin, at, begun)
+        tiles, costs = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
+                              HAS_LENS, PAGE, CP, BLOCK_N)  # fmt: skip
+        piece = g + b + (begun < begin).to(tl.int32)
+        kept = begun + tl.where(tiles > 0, overhead, 0)
+        first = tl.maximum(tl.minimum(begin - kept, tiles), 0)
+        last = tl.maximum(tl.minimum(begin + length - kept, tiles), 0)
+        # a sequence that begins where the group does has a piece of its own
+        some = (last > first) & (begun < begin)
+        parts = (kept + tiles - 1) // length - kept // length + 1
+        ok = g < groups
+        tl.store(groups_ptr + g, piece, mask=ok)
+        tl.store(info_ptr + 4 * piece, b, mask=ok)
+        tl.store(info_ptr + 4 * piece + 1, first, mask=ok)
+        tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
+        tl.store(info_ptr + 4 * piece + 3, tl.where(some, parts, 0), mask=ok)
     tl.store(groups_ptr + groups, batch + groups)
-    tl.store(info_ptr + 4 * piece, b_of, mask=ok)
-    tl.store(info_ptr + 4 * piece + 1, first, mask=ok)
-    tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
-    tl.store(info_ptr + 4 * piece + 3, tl.where(some, parts, 0), mask=ok)
 
 
 @triton.jit
@@ -162,8 +160,8 @@ def combine_listed(
     group = (pid // COLUMNS) % GROUPS
     tok = (pid // (COLUMNS * GROUPS)) % max_q_len
     b = pid // (COLUMNS * GROUPS * max_q_len)
-    first = tl.load(sums_ptr + 2 * b)
-    used = tl.load(sums_ptr + 2 * b + 1)
+    first = tl.load(sums_ptr + 3 * b)
+    used = tl.load(sums_ptr + 3 * b + 1)
     q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
     q_tok = q_first + tok
     if (used > 1) and (tok < q_len):

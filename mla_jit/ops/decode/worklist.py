@@ -14,12 +14,12 @@ class WorkList:
     """`info`: of each piece (sequence, first tile, last tile, pieces with tiles of its sequence: 0 for nothing to do).
 
     Group g has the pieces groups[g] … groups[g + 1]; sequence b's partials are those of the pieces sums[b][0] …
-    sums[b][0] + sums[b][1]. `length`: of a group, in tiles.
+    sums[b][0] + sums[b][1], and it begins at sums[b][2] on the line. `length`: of a group, in tiles.
     """
 
     groups: tuple[int, ...]
     info: tuple[tuple[int, int, int, int], ...]
-    sums: tuple[tuple[int, int], ...]
+    sums: tuple[tuple[int, int, int], ...]
     length: int
 
     def imbalance(self, overhead: int) -> float:
@@ -49,7 +49,7 @@ def work_list(tiles: Sequence[int], groups: int, overhead: int, most_pieces: int
         parts = (kept + n - 1) // length - first + 1 if n else 1
         last = max(0, min((group + 1) * length - kept, n))
         info[b + group + 1] = (b, 0, last, parts if n == 0 or last else 0)
-        sums.append((b + first + 1, parts))
+        sums.append((b + first + 1, parts, starts[b]))
     places = []
     for g in range(groups):
         begin = g * length
