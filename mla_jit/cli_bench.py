@@ -127,7 +127,7 @@ def bench(
         click.echo(", ".join([device, f"torch {torch.__version__}", *([f"{runs} runs"] if runs else []), how]))
         click.echo(_line((title, spec.partition(".")[0]) for _, title, spec in columns))
     rows, seconds = [], dict[str, float]()
-    for row in _rows(what, shapes, against, runs or _RUNS, capacity_hint, seconds):
+    for row in _rows(what, device, shapes, against, runs or _RUNS, capacity_hint, seconds):
         rows.append(row)
         if not as_json:
             click.echo(_line((getattr(row, name), spec) for name, _, spec in columns))
@@ -183,8 +183,9 @@ def _shapes(sizes: Iterable[tuple[int, int, int, int]], dtype: str, page_size: i
 
 
 def _rows(
-    what: str, shapes: list[Shape], against: tuple[str, ...], runs: int, hinted: bool, seconds: dict[str, float]
-) -> Iterable[Any]:
+    what: str, device: str, shapes: list[Shape], against: tuple[str, ...], runs: int, hinted: bool,
+    seconds: dict[str, float],
+) -> Iterable[Any]:  # fmt: skip
     """The rows, as they come; `seconds` of what took long."""
     from mla_jit import api
     from mla_jit.tuning import grids, overhead
@@ -196,10 +197,10 @@ def _rows(
     if what == "capture":
         return grids.capture_rows(api.decode, runs=runs)
     if what == "databases":
-        return grids.database_rows(api.decode, against, runs=runs, hinted=hinted)
+        return grids.database_rows(api.decode, against, grid=grids.peers_grid(1, device), runs=runs, hinted=hinted)
     if what in _PROOFS:
         return _proof_rows(what, seconds)
-    grid = [(shape, {}) for shape in shapes] if shapes else grids.peers_grid(2 if what == "q2" else 1)
+    grid = [(shape, {}) for shape in shapes] if shapes else grids.peers_grid(2 if what == "q2" else 1, device)
     return grids.rows(api.decode, grid, against, runs=runs, hinted=hinted)
 
 

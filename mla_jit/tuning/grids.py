@@ -23,6 +23,7 @@ from mla_jit import target as targets
 from mla_jit.problem import DecodeProblem
 from mla_jit.tuning import bench, peers, proofs
 from mla_jit.tuning.bench import Runner, Shape
+from mla_jit.tuning.rows import slug
 
 Decode = Callable[..., Any]
 Times = Mapping[str, float | None]  # µs by peer; None for one that cannot serve the shape
@@ -102,14 +103,21 @@ def ragged_lens(batch: int = 64, low: int = 128, high: int = 32768, seed: int = 
     return tuple(round(math.exp(rng.uniform(math.log(low), math.log(high)))) for _ in range(batch))
 
 
-def peers_grid(q_len: int = 1, device: str = "nvidia_h200") -> list[tuple[Shape, dict[str, float]]]:
-    """The shapes of `q_len` query tokens on which peers were measured, with their times in µs by peer."""
+_RECORDED_ON = "nvidia_h200"  # the GPU on which peers were measured, as tuning_db/ spells it
+
+
+def peers_grid(q_len: int = 1, on: str | None = None) -> list[tuple[Shape, dict[str, float]]]:
+    """The shapes of `q_len` query tokens on which peers were measured, with their times in µs by peer.
+
+    on: a GPU's name; without times where it is another model than the one on which they were taken.
+    """
     rows = []
-    for line in resources.path("tuning_db", device, "peers_decode.jsonl").read_text().splitlines():
+    alike = on is None or slug(on) == _RECORDED_ON
+    for line in resources.path("tuning_db", _RECORDED_ON, "peers_decode.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row.get("q_len", 1) == q_len:
             lens = ragged_lens(row["batch"]) if row["kv_len"] == "ragged" else (row["kv_len"],) * row["batch"]
-            rows.append((Shape(row["heads"], lens, q_len, label=str(row["kv_len"])), row["peers_us"]))
+            rows.append((Shape(row["heads"], lens, q_len, label=str(row["kv_len"])), row["peers_us"] if alike else {}))
     return rows
 
 

@@ -50,7 +50,7 @@ def timer(monkeypatch):
     """A GPU that times as it is told: `us(name, shape, seed)`. `asked` lists calls: runner, shape, decode's hint."""
     made = SimpleNamespace(asked=[], us=lambda name, shape, seed: 100.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
 
     def decode(q, cache, *, max_kv_len, **keywords):
         assert set(keywords) == {"kv_lora_rank", "sm_scale", "block_table", "seq_lens"}
@@ -104,10 +104,17 @@ def test_sets_are_paged_as_the_shape_says(page_size):
 # --------------------------------------------------------------------------------------------------------------- graphs
 
 
+def test_figures_of_another_gpu_are_no_peers(timer, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    rows = run_json("--grid", "q2", "--runs", 1)["rows"]
+    assert [row["recorded_us"] for row in rows] == [{}] * len(rows)
+    assert [row["score"] for row in rows] == [None] * len(rows)
+
+
 def test_the_peers_grid(timer):
     timer.us = lambda name, shape, seed: {0: 30.0, 1: 10.0, 2: 20.0}[seed]
     data = run_json()
-    assert (data["device"], data["torch"], data["grid"], data["runs"]) == ("a GPU", torch.__version__, "peers", 3)
+    assert (data["device"], data["torch"], data["grid"], data["runs"]) == ("NVIDIA H200", torch.__version__, "peers", 3)
     assert len(data["rows"]) == 57
     row = data["rows"][0]
     assert set(row) == {
@@ -130,7 +137,7 @@ def test_two_query_tokens_beside_a_peer(timer, monkeypatch):
     assert data["geometric_mean"] == pytest.approx(math.sqrt(246.4 / 250 * 496 / 500))
     assert [hint for name, _, *hint in timer.asked if name == "mla_jit"] == [[4096], [4096]]
     lines = run("--grid", "q2", "--against", "flash_mla", "--runs", "1").splitlines()
-    assert lines[0] == f"a GPU, torch {torch.__version__}, 1 runs, q2 grid"
+    assert lines[0] == f"NVIDIA H200, torch {torch.__version__}, 1 runs, q2 grid"
     roof = f"{data['rows'][0]['roof_us']:.1f}"
     assert " ".join(lines[2].split()) == (
         f"4096 × 128 heads × 64 × q2 250.0 250.0 250.0 246.4 0.99 {roof} 1.0e-03 flash_mla 248.0"
@@ -193,7 +200,7 @@ def test_shapes(timer, monkeypatch, dtype, cache):
     assert row["roof_us"] == bench.roof_us(seen[0], 4500.0, 762.0)  # the ceilings measured with the peers
     assert data["geometric_mean"] == pytest.approx(15 / 11)
     assert [row["shape"] for row in data["rows"][1:]] == ["100 × 16 heads × 1", "100 × 16 heads × 2"]
-    assert lines[0] == f"a GPU, torch {torch.__version__}, 3 runs, {dtype}, page 16"
+    assert lines[0] == f"NVIDIA H200, torch {torch.__version__}, 3 runs, {dtype}, page 16"
     assert len(lines) == 2 + 3  # without a peer there is no score, and no summary
     assert lines[3].split()[6:12] == ["11.0", "10.0", "12.0", "0.00", "-", "-"]
 
@@ -281,7 +288,7 @@ def test_the_tuners_quality(timer, monkeypatch, changes, auto_s, missed):
     assert (data["exhaustive_s"], data["auto_s"], data["time_share"]) == (100.0, auto_s, auto_s / 100)
     assert "auto: 4096 × 16 heads × 1, 3.0 s" in result.stderr
     lines = result.stdout.splitlines()
-    assert lines[0] == f"a GPU, torch {torch.__version__}, quality grid"
+    assert lines[0] == f"NVIDIA H200, torch {torch.__version__}, quality grid"
     assert len(lines) == 2 + 2 + 7
     assert sum(line.endswith("MISSED") for line in lines) == len(missed)
     share = next(line for line in lines if line.startswith("auto's seconds / exhaustive's"))
