@@ -25,8 +25,8 @@ from mla_jit.tuning.rows import OK, preferred
 
 SEARCHES = ("auto", "exhaustive")
 SHORT, LONGER, PLAYOFF = 0, 1, 2  # efforts
-_SHARE, _LEAST, _MOST = 0.08, 16, 130  # of the candidates that `auto` measures: least part, and bounds
-_COST, _TAIL = 0.12, 25  # where they are many: so large a part, less what the longer measurements cost
+_SHARE, _LEAST, _MOST = 0.06, 16, 130  # of the candidates that `auto` measures: least part, and bounds
+_COST, _TAIL = 0.09, 15  # where they are many: so large a part, less what the longer measurements cost
 _BATCHES = (0.4, 0.3, 0.15, 0.15)  # in which it chooses them, each with what those before have shown
 _KIN_BATCHES = 2  # the last of these are kin of the best
 _KERNELS, _MORE_KERNELS = 0.2, 1.7  # part of the first kernels that it has compiled, and how many times that for kin
