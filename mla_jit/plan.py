@@ -5,7 +5,6 @@ A choice is frozen at its first resolve in a process. `supports` and `Dispatch` 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 import time
@@ -25,6 +24,7 @@ from mla_jit.problem import DecodeProblem, Problem
 from mla_jit.target import Target
 from mla_jit.tuning import lookup
 from mla_jit.tuning.rows import PROBLEMS, Trial
+from mla_jit.tuning.transfer import transfer
 
 _MOST = 8192  # resolved problems kept; sizes are bucketed, so a serving process has hundreds
 MEASURED = ("measured", "imported")  # provenances of a row that was timed for the very problem, as things are today
@@ -115,31 +115,32 @@ def known(problem: Problem, target: Target) -> Choice:
     )
     if found is None:
         return default
+    config, trial, why = _fitted(found, problem, target, rows, legal, default.config)
     rejected = {
         name: reason
         for name, reason in {**default.rejected, default.variant.name: "another row of the tuning database"}.items()
-        if name != found.config.variant
+        if name != config.variant
     }
-    variant = rows[found.config.variant]
-    config, why = _resized(found, problem, target, variant)
-    return Choice(variant, config, found.provenance, rejected, why, found.trial)
+    return Choice(rows[config.variant], config, found.provenance, rejected, why, trial)
 
 
-def _resized(found: lookup.Found, problem: Problem, target: Target, variant: Variant) -> tuple[Config, str]:
-    """A neighbour's config made to fit the sizes asked for, and why it is what it is."""
-    measured, asked = found.trial.problem, problem
-    if found.provenance in MEASURED or not isinstance(problem, DecodeProblem):
-        return found.config, found.why
-    if not problem.hinted:  # its length is but a capacity
-        asked = dataclasses.replace(problem, max_kv_len=measured.max_kv_len, total_kv=measured.total_kv)
-    sizes = ("batch", "num_heads", "q_len", "max_kv_len", "total_kv")
-    if all(getattr(measured, size) == getattr(asked, size) for size in sizes):
-        return found.config, found.why
-    config = variant.resize(measured, asked, target, found.config)
-    if config == found.config or variant.rejects(problem, target, config) is not None:
-        return found.config, found.why
-    changes = ", ".join(f"{k} {found.config[k]} -> {v}" for k, v in config.items() if v != found.config[k])
-    return config, f"{found.why}; {changes} for these sizes"
+def _fitted(
+    found: lookup.Found, problem: Problem, target: Target, rows: dict[str, Variant],
+    legal: Callable[[Config], str | None], default: Config,
+) -> tuple[Config, Trial, str]:  # fmt: skip
+    """(config, the row it rests on, why): of rows at other sizes one that is made to fit, or else the default."""
+    if found.provenance != "neighbour" or not found.near or not isinstance(problem, DecodeProblem):
+        return found.config, found.trial, found.why
+    config, trial = transfer(
+        problem, target, rows, legal, default, lambda other: analytic(other, target).config, found.near
+    )
+    if trial is None:
+        return config, found.trial, f"{found.why}; for these sizes nothing near by promises more than the default"
+    changes = [f"{k} {trial.config[k]} -> {v}" for k, v in config.items() if v != trial.config[k]]
+    why = found.why
+    if trial is not found.trial:
+        why += f"; more is promised by the row of {trial.problem}: {trial.median_us:.2f} us"
+    return config, trial, why + (f"; {', '.join(changes)} for these sizes" if changes else "")
 
 
 def choices(problem: Problem, target: Target) -> list[Choice]:

@@ -37,6 +37,7 @@ _SOFT_FIELDS = (
     "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
     "misaligned", "flat_pages", "index64", "scheduler", "planned",
 )  # fmt: skip
+_NEAR = 8  # rows from which an answer for other sizes is made
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
 _hard, _soft = attrgetter(*_HARD_FIELDS), attrgetter(*_SOFT_FIELDS)
@@ -50,12 +51,14 @@ class Found:
 
     `stale` was measured for this very problem, but at another revision of the template or with another toolchain;
     `neighbour` was measured for another; what is only predicted is "predicted" for a neighbour too. `why` is one line.
+    near: where sizes differ, the rows from which an answer may be made, with their distances; the nearest first.
     """
 
     config: Config
     provenance: str
     trial: Trial
     why: str
+    near: tuple[tuple[Trial, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,13 +163,41 @@ class _Question:
             return found
         if not pool.spans(asked.shape):
             return None
-        return self._among(cell for cell in pool.cells if cell.shape != asked.shape)
+        return self._around(cell for cell in pool.cells if cell.shape != asked.shape)
+
+    def _around(self, cells: Iterable[_Cell]) -> Found | None:
+        """The best legal row of the nearest cell that has one, and those of the next ones."""
+        asked = self.asked
+        founds = [
+            (found, _distance(cell.shape, asked.shape))
+            for cell in self._order(self._alike(cells)) if (found := self._first([cell])) is not None
+        ]  # fmt: skip
+        if not founds:
+            return None
+        first = founds[0][0].trial.provenance
+        near = [(found.trial, d) for found, d in founds if found.trial.provenance == first or PROVENANCES[-1] != first]
+        return dataclasses.replace(founds[0][0], near=tuple(near[:_NEAR]))
+
+    def _alike(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
+        """Those with as many heads and query tokens; else with the next ones below and above.
+
+        Rows (heads × query tokens) decide between kernels; batch and length only say how their work is cut.
+        """
+        rows: dict[int, list[_Cell]] = {}
+        for cell in self._usable(cells):
+            rows.setdefault(cell.shape[1] * cell.shape[2], []).append(cell)
+        asked = self.asked.shape[1] * self.asked.shape[2]
+        below, above = (n for n in rows if n <= asked), (n for n in rows if n >= asked)
+        for n in sorted({max(below, default=0), min(above, default=0)}):
+            yield from rows.get(n, ())
 
     def _among(self, cells: Iterable[_Cell]) -> Found | None:
         """The best legal row of the nearest cell that has one; in a cell, stale rows after all others."""
+        return self._first(self._order(self._usable(cells)))
+
+    def _order(self, cells: Iterable[_Cell]) -> list[_Cell]:
         asked = self.asked
-        order = sorted(self._usable(cells), key=lambda c: (_distance(c.shape, asked.shape), c.differences(asked)))
-        return self._first(order)
+        return sorted(cells, key=lambda c: (_distance(c.shape, asked.shape), c.differences(asked)))
 
     def _first(self, cells: Iterable[_Cell]) -> Found | None:
         for cell, stale in itertools.product(cells, (False, True)):
@@ -181,7 +212,11 @@ class _Question:
 
     def longest(self, pool: _Pool) -> Found | None:
         """The row of the greatest length up to max_kv_len, at the nearest other sizes: where no worst case is known."""
-        return self._longest(pool.cells) if pool.spans(self.asked.shape[:3]) else None
+        found = self._longest(pool.cells) if pool.spans(self.asked.shape[:3]) else None
+        if found is None:
+            return None
+        apart = _distance(_Cell.of(found.trial.problem).shape[:3], self.asked.shape[:3])
+        return dataclasses.replace(found, near=((found.trial, apart),) if apart else ())
 
     def _longest(self, cells: Iterable[_Cell]) -> Found | None:
         asked = self.asked
@@ -227,7 +262,9 @@ class _Question:
             lengths = sorted({(c.shape[3], c.length) for c, _ in mine})
             told = ", ".join(f"{kv}" if kv == mean else f"{kv} (mean {mean})" for kv, mean in lengths)
             unhinted = dataclasses.replace(cell, shape=(*cell.shape[:3], self.asked.shape[3]), mean=self.asked.mean)
-            return self._found(unhinted, row, f"best worst case over kv {told}; ")
+            found = self._found(unhinted, row, f"best worst case over kv {told}; ")
+            apart = _distance(cell.shape[:3], self.asked.shape[:3])
+            return dataclasses.replace(found, near=tuple((r.trial, apart) for _, r in mine) if apart else ())
         return None
 
     def _usable(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
@@ -242,6 +279,9 @@ class _Question:
         batches: dict[int, list[_Cell]] = {}
         for cell in pool.cells:
             batches.setdefault(cell.shape[0], []).append(cell)
+        for cell in self._alike(pool.cells):  # any of them may be near some sizes
+            if (found := self._first([cell])) is not None:
+                yield found.config
         # Of one batch they differ in what is fixed, and in lengths: which is the nearest does not depend on the batch.
         for batch, rivals in batches.items():
             for kv in {cell.shape[3] for cell in rivals}:

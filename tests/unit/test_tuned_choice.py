@@ -99,20 +99,32 @@ def test_a_neighbour_serves_what_lies_between_measured_shapes_and_nothing_beyond
     assert plan.choose(dataclasses.replace(PROBLEM, kv_dtype="fp8_e4m3"), HOPPER).provenance == "default"
 
 
-def test_a_neighbours_splits_are_made_to_fit(database: Path) -> None:
-    """As many beside the default's as it has there: 16 sequences in 8 pieces fill what 24 in 5 do."""
+def test_a_neighbours_kernel_is_taken_and_its_splits_are_made_to_fit(database: Path) -> None:
+    """Of a kernel that was twice as fast as the default's; as many splits beside the default rule's as it had there."""
     wanted = {batch: dataclasses.replace(PROBLEM, batch=batch) for batch in (16, 24, 64)}
-    default = {batch: splitk.default(problem, HOPPER) for batch, problem in wanted.items()}
-    assert [default[batch].int("num_kv_splits") for batch in (16, 24, 64)] == [8, 5, 2]
+    fast = DEFAULT.replace(block_n=32, num_warps=4, num_kv_splits=8)
+    few = {"default_us": 40.0}
+    fill(database, trial(fast, wanted[16], us=20.0, **few), trial(fast.replace(num_kv_splits=2), wanted[64], **few))
+    choice = plan.choose(wanted[24], HOPPER)
+    assert choice.provenance == "neighbour"
+    assert choice.config == splitk.resize(wanted[16], wanted[24], HOPPER, fast)
+    assert choice.config.int("num_kv_splits") < 8
+    assert "batch 16 for 24" in choice.why
+    assert choice.why.endswith(f"; num_kv_splits 8 -> {choice.config['num_kv_splits']} for these sizes")
+    unhinted = plan.choose(dataclasses.replace(PROBLEM, batch=16, max_kv_len=4096, hinted=False), HOPPER)
+    assert unhinted.config == fast  # a length that is but a capacity changes nothing
+
+
+def test_how_a_neighbour_cuts_its_work_is_no_reason_to_cut_other_sizes_like_it(database: Path) -> None:
+    """The default's kernel with another cut: the default cuts for the sizes at hand."""
+    wanted = {batch: dataclasses.replace(PROBLEM, batch=batch) for batch in (16, 24, 64)}
     half = DEFAULT.replace(num_kv_splits=4, combine_s=4)
     fill(database, trial(half, wanted[16]), trial(half, wanted[64], us=30.0))
     choice = plan.choose(wanted[24], HOPPER)
-    assert choice.provenance == "neighbour"
-    assert choice.config == half.replace(num_kv_splits=2)
-    assert "batch 16 for 24" in choice.why
-    assert choice.why.endswith("; num_kv_splits 4 -> 2 for these sizes")
-    unhinted = plan.choose(dataclasses.replace(PROBLEM, batch=16, max_kv_len=4096, hinted=False), HOPPER)
-    assert unhinted.config == half  # a length that is but a capacity changes nothing
+    assert (choice.config, choice.provenance) == (plan.analytic(wanted[24], HOPPER).config, "neighbour")
+    assert choice.trial is not None
+    assert choice.trial.problem == wanted[16]
+    assert choice.why.endswith("; for these sizes nothing near by promises more than the default")
 
 
 def test_a_choice_is_frozen_until_reload(database: Path, tmp_path: Path) -> None:

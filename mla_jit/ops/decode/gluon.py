@@ -23,6 +23,7 @@ _MODULE = "mla_jit.ops.decode.gluon_splitk"
 _PATH = str(Path(__file__).with_name("gluon_splitk.py"))
 _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _REGISTERS = 240  # of a consumer's thread; the kernel starts with 168 and its producer keeps 24
+_MUCH = 16384  # tokens from which this kernel is faster at 17 … 32 rows (32 heads × 16 × 4096, H200: 33 and 44 us)
 _SPILL_BYTES = 64  # of scalars before the loop; none in it
 # Parameters of decode_splitk that this kernel does not take: it copies tiles only through tensor maps.
 _WITHOUT = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
@@ -109,9 +110,13 @@ def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, 
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """As for decode_splitk_triton; with many rows S is computed once here and twice there, few are padded to 64."""
+    """As for decode_splitk_triton; it reads the cache once where that reads it for each 16 rows, and computes S once.
+
+    Where one block of 16 rows is enough, or little is read, what 64 rows cost more than 16 is not won back.
+    """
     found = splitk.cost(p, target, config)
-    return dataclasses.replace(found, time_us=found.time_us * (0.75 if p.rows > 32 else 1.5))
+    much = p.rows > 32 or (p.rows > 16 and p.batch * p.max_kv_len >= _MUCH)
+    return dataclasses.replace(found, time_us=found.time_us * (0.75 if much else 1.5))
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
