@@ -10,6 +10,7 @@ import torch
 
 import mla_jit
 from mla_jit import errors, launch, settings, target
+from mla_jit.compile import cache
 from mla_jit.launch.null import NullRuntime
 from mla_jit.ops.decode import persistent
 from mla_jit.problem import DecodeProblem
@@ -56,7 +57,7 @@ def test_one_list_serves_all_layers_of_a_step(null: NullRuntime) -> None:
     info = mla_jit.decode_metadata_info(q, kv, **more)
     assert info == {
         "groups": ((HOPPER.sms + 1,), torch.int32), "info": ((3 + HOPPER.sms, 4), torch.int32),
-        "sums": ((3, 3), torch.int32),
+        "sums": ((3, 3), torch.int32), "arrivals": ((3, 1), torch.int32),
     }  # fmt: skip
     metadata = mla_jit.decode_metadata(q, kv, **more)
     lists = tuple(t.data_ptr() for t in metadata)
@@ -66,14 +67,14 @@ def test_one_list_serves_all_layers_of_a_step(null: NullRuntime) -> None:
     for _ in range(2):
         mla_jit.decode(q, kv, **more, metadata=metadata)
     assert [r.kernel for r in null.records[1:]] == [WALK, COMBINE, WALK, COMBINE]
-    assert set(lists) <= set(null.records[1].pointers)
+    assert set(lists[:3]) <= set(null.records[1].pointers)  # no counts where a kernel combines
     again = mla_jit.decode_metadata(q, kv, **more, metadata=metadata)
     assert again is metadata
     assert null.records[-1].pointers == made.pointers
     planned = mla_jit.decode_plan(q, kv, **more, metadata=metadata)
     planned.run(q, kv)
     assert [r.kernel for r in null.records[-2:]] == [WALK, COMBINE]
-    assert set(lists) <= set(null.records[-1].pointers) | set(null.records[-2].pointers)
+    assert set(lists[:3]) <= set(null.records[-1].pointers) | set(null.records[-2].pointers)
 
 
 def test_a_list_of_another_call_is_refused(null: NullRuntime) -> None:
@@ -83,7 +84,9 @@ def test_a_list_of_another_call_is_refused(null: NullRuntime) -> None:
     wrong = [
         metadata._replace(info=metadata.info[:-1]),
         metadata._replace(sums=metadata.sums.long()),
-        mla_jit.DecodeMetadata(*(torch.empty(0, dtype=torch.int32) for _ in range(3))),
+        metadata._replace(groups=metadata.groups[:-1]),
+        metadata._replace(arrivals=metadata.arrivals[:2]),
+        mla_jit.DecodeMetadata(*(torch.empty(0, dtype=torch.int32) for _ in range(4))),
     ]
     for each in wrong:
         with pytest.raises(errors.InvalidInput, match="make it by decode_metadata"):
@@ -99,6 +102,82 @@ def test_a_list_of_another_call_is_refused(null: NullRuntime) -> None:
     with pytest.raises(errors.NoVariant, match="num_kv_splits asks for split slots"):
         mla_jit.decode(q, kv, **more, metadata=metadata, num_kv_splits=4)
     assert len(null.records) == before
+
+
+@pytest.mark.parametrize(
+    ("wishes", "most", "even"),
+    [({}, 2**20, 0), ({"max_split_per_batch": 3}, 3, 0), ({"intra_batch_mode": True, "max_split_per_batch": 2}, 2, 1)],
+)
+def test_wishes_reach_the_kernel_that_makes_the_list(
+    null: NullRuntime, monkeypatch: pytest.MonkeyPatch, wishes: dict[str, Any], most: int, even: int
+) -> None:
+    seen: list[Any] = []
+    bind = NullRuntime.bind
+
+    def noting(self: NullRuntime, artifacts: Any, launches: Any, binding: Any, device: int) -> Any:
+        seen.append(binding.numbers)
+        return bind(self, artifacts, launches, binding, device)
+
+    monkeypatch.setattr(NullRuntime, "bind", noting)
+    q, kv, more = arguments(batch=3)
+    mla_jit.decode_metadata(q, kv, **more, **wishes)
+    assert [record.kernel for record in null.records] == [SCHEDULE]
+    assert (seen[-1]["most_pieces"], seen[-1]["even"]) == (most, even)
+    with pytest.raises(errors.InvalidInput, match="max_split_per_batch is 0; it must be at least 1"):
+        mla_jit.decode_metadata(q, kv, **more, max_split_per_batch=0)
+
+
+def test_a_list_for_any_number_of_groups_is_run(null: NullRuntime) -> None:
+    q, kv, more = arguments(batch=3)
+    shapes = {"groups": (8,), "info": (3 + 7, 4), "sums": (3, 3), "arrivals": (3, 1)}
+    made = mla_jit.DecodeMetadata(**{name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()})
+    assert mla_jit.decode_metadata(q, kv, **more, metadata=made) is made
+    mla_jit.decode(q, kv, **more, metadata=made)
+    assert [record.kernel for record in null.records] == [SCHEDULE, WALK, COMBINE]
+    assert null.records[1].grid == (7, 1, 1)
+
+
+def problem_and_config(heads: int, name: str, **fields: Any) -> tuple[DecodeProblem, Any]:
+    p = DecodeProblem(num_heads=heads, batch=64, max_kv_len=32768, scheduler="persistent", lse=True, **fields)
+    return p, persistent.default(p, target.by_name(name))
+
+
+@pytest.mark.parametrize("heads", [16, 40, 128])
+def test_a_folded_sum_saves_a_launch(heads: int) -> None:
+    for planned in (False, True):
+        p, config = problem_and_config(heads, "sm_90", planned=planned)
+        kernels = [launch.kernel for launch in persistent.launches(p, HOPPER, config)]
+        folded = [launch.kernel for launch in persistent.launches(p, HOPPER, config.replace(fold=True))]
+        assert (kernels, folded) == (([0, 2], [0]) if planned else ([1, 0, 2], [1, 0]))
+        assert len(persistent.sources(p, HOPPER, config.replace(fold=True))) == 2
+        # the list, and so its buffers, is the same
+        assert persistent.lists(p, HOPPER, config) == persistent.lists(p, HOPPER, config.replace(fold=True))
+
+
+def test_where_a_sum_cannot_be_folded_and_where_a_list_would_not_fit() -> None:
+    for name, there in target.targets().items():
+        if there.triton:
+            p, config = problem_and_config(16, name)
+            reason = persistent.rejects(p, there, config.replace(fold=True))
+            assert (reason is not None) == (there.triton[0] == "hip")
+            assert reason is None or "does not wait for the stores of a program's other waves" in reason
+    p, config = problem_and_config(16, "sm_90")
+    assert "a tile of 48 tokens does not divide the 64" in str(
+        persistent.rejects(p, HOPPER, config.replace(block_n=48, tma=False))
+    )
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_a_folded_walk_spills_no_more(heads: int, name: str, cache_dir: str) -> None:
+    """Than 64 bytes more: the sum lies outside the loop over tiles."""
+    there = target.by_name(name)
+    p, config = problem_and_config(heads, name)
+    plain, folded = (
+        cache.build(persistent.sources(p, there, config.replace(fold=fold))[0]) for fold in (False, True)
+    )  # fmt: skip
+    assert folded.spill_bytes <= plain.spill_bytes + 64
+    assert folded.smem_bytes <= there.smem_bytes
 
 
 def test_the_cpu_needs_no_list() -> None:
@@ -123,5 +202,5 @@ def test_every_head_count_has_a_wave_that_fits(name: str) -> None:
             assert walk.grid[0] % blocks == 0
             assert walk.grid[0] <= max(blocks, 2 * where.sms)
             offsets = variant.offsets(p, where, config)
-            assert list(offsets) == ["part", "part_lse", "groups", "info", "sums"]
+            assert list(offsets) == ["part", "part_lse", "groups", "info", "sums", "arrivals"]
             assert all(at % 16 == 0 for at in offsets.values())
