@@ -53,7 +53,7 @@ _TRIAL_1: dict[str, type] = {
     "created": str, "note": str,
 }  # fmt: skip
 _NULLABLE = {
-    "total_kv", "num_kv_splits", "median_us", "spread_us", "default_us", "rel_l2", "registers", "spill_bytes",
+    "total_kv", "num_kv_splits", "groups", "median_us", "spread_us", "default_us", "rel_l2", "registers", "spill_bytes",
     "smem_bytes",
 }  # fmt: skip
 

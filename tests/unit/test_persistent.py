@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 
 import mla_jit
 from mla_jit import errors, launch, settings, target
-from mla_jit.compile import cache
+from mla_jit.compile import cache, triton
 from mla_jit.launch.null import NullRuntime
 from mla_jit.ops.decode import persistent
 from mla_jit.problem import DecodeProblem
@@ -165,6 +169,86 @@ def test_where_a_sum_cannot_be_folded_and_where_a_list_would_not_fit() -> None:
     assert "a tile of 48 tokens does not divide the 64" in str(
         persistent.rejects(p, HOPPER, config.replace(block_n=48, tma=False))
     )
+
+
+LAYERS = """
+import dataclasses, sys
+sys.path.insert(0, {tests!r})
+import cases, torch
+from triton.runtime.interpreter import interpreter_builder
+from mla_jit.launch import interpreter
+from mla_jit.launch.base import Binding
+from mla_jit.ops.decode import persistent
+from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.ops.decode.worklist import work_list
+from mla_jit.target import by_name
+
+there = dataclasses.replace(by_name("sm_80"), sms=12)
+case = cases.Case(heads=20, lens=(700, 64, 0, 1, 333), q_len=2, q_dtype="fp16", kv_dtype="fp16", C=64, R=16)
+call = cases.build(case)
+inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs, scheduler="persistent", planned=True)
+p = inputs.problem
+forward = type(interpreter_builder).set_grid_idx
+results = []
+for fold, backward in ((False, False), (True, False), (True, True)):
+    config = persistent.default(p, there).replace(fold=fold, overhead=1)
+    lists = {{n: torch.full(s, -9, dtype=torch.int32) for n, s in persistent.lists(p, there, config).items()}}
+    workspace = torch.full((persistent.workspace_bytes(p, there, config),), 255, dtype=torch.uint8)
+    places = persistent.workspace_offsets(p, there, config)
+    numbers = {{**inputs.numbers, **persistent.numbers(p, there, config)}}
+
+    def run(launches):
+        sources = persistent.sources(p, there, config)
+        bound = interpreter.bind(sources, launches, Binding(numbers))
+        tensors = {{**inputs.tensors, "out": out, "lse": lse, **lists}}
+        pointers = [
+            (workspace.data_ptr() + places[n] if n in places else tensors[n].data_ptr()) + o for n, o in bound.operands
+        ]
+        bound.run(pointers, [inputs.floats[n] for n in bound.float_names])
+
+    out, lse = torch.empty(inputs.out_shape, dtype=torch.float16), torch.empty(inputs.out_shape[:-1])
+    run(persistent.prepare(p, there, config))
+    assert any(parts > 2 for _, parts, _ in lists["sums"].tolist())
+    launches = persistent.launches(p, there, config)
+    if backward:  # the programs in the other order
+        last = launches[0].grid[0] - 1
+        interpreter_builder.set_grid_idx = lambda x, y, z: forward(interpreter_builder, last - x, y, z)
+    for layer in range(3):
+        out.fill_(float("nan"))
+        lse.fill_(float("nan"))
+        run(launches)
+        cases.check(call, out, lse)
+        assert (lists["arrivals"] == 0).all()
+        results.append((fold, out.clone(), lse.clone()))
+folded = [(out, lse) for fold, out, lse in results if fold]
+assert len(folded) == 6
+assert all(torch.equal(out, folded[0][0]) and torch.equal(lse, folded[0][1]) for out, lse in folded)
+error = (folded[0][0].float() - results[0][1].float()).abs().max()
+assert error <= 2e-3, error
+print("the same")
+"""
+
+
+def test_a_folded_sum_is_the_same_for_every_layer_and_whoever_is_last() -> None:
+    """In the interpreter: its programs one after the other, forward and backward; the counts are zero after each."""
+    code = LAYERS.format(tests=str(Path(__file__).parents[1]))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "the same\n"
+
+
+def test_the_order_of_memory_at_the_count() -> None:
+    """In PTX: all partials, a barrier, the count with release and acquire at the device's scope, a barrier, the sum."""
+    p, config = problem_and_config(16, "sm_90")
+    source = persistent.sources(p, HOPPER, config.replace(fold=True))[0]
+    lines = triton._run_pipeline(source)[0]["ptx"].splitlines()
+    kinds = ("bar.sync", "st.global", "ld.global", "atom.global.gpu.acq_rel.add", "atom.")
+    telling = [found for line in lines if (found := next((kind for kind in kinds if kind in line), None))]
+    assert [kind for kind in telling if kind.startswith("atom")] == ["atom.global.gpu.acq_rel.add"]
+    place = telling.index("atom.global.gpu.acq_rel.add")
+    assert telling[place - 2 : place + 3] == ["st.global", "bar.sync", telling[place], "bar.sync", "st.global"]
+    assert "ld.global" in telling[place:]
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
