@@ -79,8 +79,10 @@ def work_buffers(call: Call, *, batch: int | None = None) -> dict[str, torch.Ten
         is_sparse=False, fast_mode=True,
     )  # fmt: skip
     device = call.q.device
-    # torch fills no uint64 on some devices
-    made = [torch.full(s, -7, dtype=torch.int64, device=device).to(t) for s, t in info]
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in info]
+    for tensor in made:
+        if tensor.dtype == torch.int32:
+            tensor.fill_(-7)
     return dict(zip(WORK, made, strict=True))
 
 

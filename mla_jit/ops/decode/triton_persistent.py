@@ -2,7 +2,8 @@
 
 The tokens of a batch are laid end to end in tiles of UNIT tokens, each sequence preceded by `overhead` tiles, what a
 piece costs beside its tiles, and the line is cut into `groups` equal lengths: a group of programs (one a block of rows
-and KV head) walks one of them. So the slowest group has at most `overhead` more than the mean, whatever the lengths.
+and KV head) walks one of them. So the slowest group has at most `overhead` more than the mean, whatever the lengths. A
+sequence without tokens is a sixteenth of a tile long: the padding of a captured graph is but written, as zeros.
 Or (`even`) every sequence is cut into the same number of pieces, and each group has as many of them as any other.
 
 A piece begins where a sequence or a group does; there are batch + groups of them, in the order of the line, of equal
@@ -31,11 +32,12 @@ from mla_jit.ops.decode.triton_splitk import _lengths, _piece, _sum_pieces, _tok
 @triton.jit
 def _costs(b, batch, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
            HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """(tiles, length on the line) of sequences b; an empty one is 1 long, as its output is written too."""
+    """(tiles, length on the line in sixteenths) of sequences b; an empty one is 1 long, its output is written too."""
+    FINE: tl.constexpr = 16
     ok = b < batch
     lengths = _visible(_lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
     tiles = tl.where(ok, tl.cdiv(lengths, UNIT), 0)
-    return tiles, tl.where(ok, tl.where(tiles > 0, tiles + overhead, 1), 0)
+    return tiles, tl.where(ok, tl.where(tiles > 0, FINE * (tiles + overhead), 1), 0)
 
 
 @triton.jit
@@ -45,7 +47,11 @@ def _cut_line(
     PAGE: tl.constexpr, UNIT: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr,
     CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """The line cut into equal lengths; into longer ones where a sequence would be in more than most_pieces."""
+    """The line cut into equal lengths; into longer ones where a sequence would be in more than most_pieces.
+
+    A tile belongs to the group where it begins.
+    """
+    FINE: tl.constexpr = 16
     offs = tl.arange(0, CHUNK)
     total = tl.zeros((), tl.int32)
     longest = tl.zeros((), tl.int32)
@@ -56,8 +62,8 @@ def _cut_line(
         longest = tl.maximum(longest, tl.max(tiles, 0))
     # of a sequence no longer than (n - 1) lengths of a group n pieces have tiles at most; for n = 1 none is cut
     uncut = most_pieces < 2
-    length = tl.maximum(tl.cdiv(total, groups), tl.cdiv(tl.where(uncut, 0, longest), tl.maximum(most_pieces - 1, 1)))
-    length = tl.maximum(length, 1)
+    least = tl.cdiv(tl.where(uncut, 0, FINE * longest), tl.maximum(most_pieces - 1, 1))
+    length = tl.maximum(tl.maximum(tl.cdiv(total, groups), least), FINE)
 
     start = tl.zeros((), tl.int32)
     for b0 in tl.range(0, batch, CHUNK, num_stages=1):
@@ -69,10 +75,11 @@ def _cut_line(
         start += tl.sum(costs, 0)
         group = starts // length
         piece = b + group + 1
-        kept = starts + tl.where(tiles > 0, overhead, 0)  # where its tiles begin
+        kept = starts + tl.where(tiles > 0, FINE * overhead, 0)  # where its tiles begin
         first = tl.where(uncut, group, kept // length)
-        parts = tl.where((tiles == 0) | uncut, 1, (kept + tiles - 1) // length - first + 1)
-        last = tl.where(uncut, tiles, tl.maximum(tl.minimum((group + 1) * length - kept, tiles), 0))
+        parts = tl.where((tiles == 0) | uncut, 1, (kept + FINE * (tiles - 1)) // length - first + 1)
+        last = tl.maximum(tl.minimum(tl.cdiv((group + 1) * length - kept, FINE), tiles), 0)
+        last = tl.where(uncut, tiles, last)
         tl.store(info_ptr + 4 * piece, b, mask=ok)
         tl.store(info_ptr + 4 * piece + 1, tl.zeros_like(b), mask=ok)
         tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
@@ -95,12 +102,12 @@ def _cut_line(
         tiles, costs = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
                               HAS_LENS, PAGE, CP, UNIT)  # fmt: skip
         piece = g + b + (begun < begin).to(tl.int32)
-        kept = begun + tl.where(tiles > 0, overhead, 0)
-        first = tl.maximum(tl.minimum(begin - kept, tiles), 0)
-        last = tl.maximum(tl.minimum(begin + length - kept, tiles), 0)
+        kept = begun + tl.where(tiles > 0, FINE * overhead, 0)
+        first = tl.maximum(tl.minimum(tl.cdiv(begin - kept, FINE), tiles), 0)
+        last = tl.maximum(tl.minimum(tl.cdiv(begin + length - kept, FINE), tiles), 0)
         # a sequence that begins where the group does has a piece of its own
         some = (last > first) & (begun < begin) & (most_pieces > 1)
-        parts = (kept + tiles - 1) // length - kept // length + 1
+        parts = (kept + FINE * (tiles - 1)) // length - kept // length + 1
         ok = g < groups
         tl.store(groups_ptr + g, piece, mask=ok)
         tl.store(info_ptr + 4 * piece, b, mask=ok)
@@ -161,6 +168,24 @@ def schedule(
     else:
         _cut_line(lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, overhead,
                   most_pieces, cp_rank, cp_world, PAGE, UNIT, CP, HAS_LENS, CHUNK, STEPS)  # fmt: skip
+
+
+@triton.jit
+def _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_t, out_stride_h, lse_stride_t,
+                   lse_stride_h, G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+                   HAS_LSE: tl.constexpr):  # fmt: skip
+    """What `_piece` writes for a block of rows without tokens, without reading anything: output 0, LSE -inf."""
+    offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.arange(0, BLOCK_C)
+    row_ok = offs_m < q_len * G
+    q_tok = (q_first + offs_m // G).to(tl.int64)
+    head = kvh * G + offs_m % G
+    nothing = tl.zeros((BLOCK_M, BLOCK_C), out_ptr.dtype.element_ty)
+    p_out = out_ptr + q_tok * out_stride_t + head * out_stride_h
+    tl.store(p_out[:, None] + offs_c[None, :], nothing, mask=row_ok[:, None] & (offs_c < C)[None, :])
+    if HAS_LSE:
+        lse = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse, mask=row_ok)
 
 
 @triton.jit
@@ -251,7 +276,11 @@ def decode_persistent(
             last_tile = tl.load(info_ptr + 4 * piece + 2) * (UNIT // BLOCK_N)
             if UNIT != BLOCK_N:
                 last_tile = tl.minimum(last_tile, tl.cdiv(kv_len, BLOCK_N))
-            if row_block * BLOCK_M < q_len * G:
+            if last_tile == 0:
+                if row_block * BLOCK_M < q_len * G:
+                    _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+                                   lse_stride_t, lse_stride_h, G, C, BLOCK_M, BLOCK_C, HAS_LSE)  # fmt: skip
+            elif row_block * BLOCK_M < q_len * G:
                 _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first,
                        q_len, first_tile, last_tile, parts == 1, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
                        sinks_ptr, q_scale_ptr, kv_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t,
