@@ -108,8 +108,8 @@ def bench(
     first-call  a process's first calls, with an empty cache and with a filled one
 
     peers, q2, capture, ragged, databases and --shape give microseconds a call in CUDA graphs, with the KV rotated past
-    the L2, every result checked first. score = best peer ÷ ours, of the recorded figures and of those timed in this run by
-    --against, in alternation; a peer that cannot serve a shape has "-". Exit code 1 without a GPU, but for host, and
+    the L2, every result checked first. score = best peer ÷ ours, of the recorded figures and of those timed in this run
+    by --against, in alternation; a peer that cannot serve a shape has "-". Exit code 1 without a GPU, but for host, and
     where an aim is missed, which is printed beside its figure.
     """
     import torch

@@ -264,6 +264,17 @@ def test_a_folded_walk_spills_no_more(heads: int, name: str, cache_dir: str) -> 
     assert folded.smem_bytes <= there.smem_bytes
 
 
+@pytest.mark.parametrize("name", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_every_kernel_is_legal_on_amd_too(heads: int, name: str, cache_dir: str) -> None:
+    there = target.by_name(name)
+    p, config = problem_and_config(heads, name)
+    walk, schedule, combine = (cache.build(source) for source in persistent.sources(p, there, config))
+    assert walk.spill_bytes == schedule.spill_bytes == combine.spill_bytes == 0
+    assert walk.registers * walk.threads <= 2 * there.registers_sm
+    assert max(kernel.smem_bytes for kernel in (walk, schedule, combine)) <= there.smem_bytes
+
+
 def test_the_cpu_needs_no_list() -> None:
     q, kv, more = arguments()
     want = mla_jit.decode(q, kv, **more)
