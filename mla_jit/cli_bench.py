@@ -32,6 +32,10 @@ _GRIDS = {
         _SHAPE, ("capacity_us", "capacity us", ">11.1f"), ("hint_us", "exact hint us", ">13.1f"),
         ("ratio", "ratio", ">6.3f"), ("low", "low", ">6.3f"), ("high", "high", ">6.3f"), ("error", "error", ">8.1e"),
     ),
+    "ragged": (
+        ("shape", "shape", "<34"), ("scheduler", "scheduler", "<10"), *_TIMES, ("aim_us", "aim", ">7.1f"),
+        ("error", "error", ">8.1e"),
+    ),
     "databases": (
         _SHAPE, ("tuned_us", "tuned us", ">9.1f"), ("untuned_us", "untuned us", ">10.1f"),
         ("best_us", "best peer", ">9.1f"), ("tuned_score", "score", ">6.2f"),
@@ -95,6 +99,7 @@ def bench(
     peers       one query token, on every shape where peers were measured
     q2          two query tokens
     capture     graphs captured at the table's capacity, against the exact max_kv_len
+    ragged      uneven lengths by both schedulers, the list made in each call; the kernel that makes it; empty sequences
     databases   the shapes of peers with the tuning databases and without any; then shapes that they do not hold
     quality     the tuner's auto search against the exhaustive one; takes long
     neighbours  shapes that the databases do not hold: the nearest row's config, the default, others' rules for splits,
@@ -102,9 +107,9 @@ def bench(
     host        host time of a warm eager call; without a GPU on the null runtime
     first-call  a process's first calls, with an empty cache and with a filled one
 
-    peers, q2, capture, databases and --shape give microseconds a call in CUDA graphs, with the KV rotated past the L2,
-    every result checked first. score = best peer ÷ ours, of the recorded figures and of those timed in this run by
-    --against, in alternation; a peer that cannot serve a shape has "-". Exit code 1 without a GPU, but for host, and
+    peers, q2, capture, ragged, databases and --shape give microseconds a call in CUDA graphs, with the KV rotated past
+    the L2, every result checked first. score = best peer ÷ ours, of the recorded figures and of those timed in this run
+    by --against, in alternation; a peer that cannot serve a shape has "-". Exit code 1 without a GPU, but for host, and
     where an aim is missed, which is printed beside its figure.
     """
     import torch
@@ -196,6 +201,8 @@ def _rows(
         return overhead.first_rows(runs=runs)
     if what == "capture":
         return grids.capture_rows(api.decode, runs=runs)
+    if what == "ragged":
+        return grids.ragged_rows(api.decode, runs=runs)
     if what == "databases":
         return grids.database_rows(api.decode, against, grid=grids.peers_grid(1, device), runs=runs, hinted=hinted)
     if what in _PROOFS:
@@ -226,6 +233,8 @@ def _figures(what: str, rows: list[Any], seconds: dict[str, float]) -> list[Figu
         return []
     if what == "capture":
         return grids.capture_figures(rows)
+    if what == "ragged":
+        return grids.ragged_figures(rows)
     if what == "databases":
         return grids.database_figures(rows)
     return grids.neighbour_figures(rows) if what == "neighbours" else grids.score_figures(rows)

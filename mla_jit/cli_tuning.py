@@ -52,8 +52,8 @@ _AXES = (
     ),
     repeated("--q-len", positive, "Take so many query tokens a sequence.", default=("1",), show_default=True),
     repeated(
-        "--lengths", str, "Let the lengths of a batch be even, all as long as the bound, or ragged, log-uniform up to "
-        "it.", default=("even",), show_default=True,
+        "--lengths", str, "Let the lengths of a batch be even, all as long as the bound, or log-uniform (also called "
+        "ragged) or uniform up to it, or one-long, the others short.", default=("even",), show_default=True,
     ),
     click.option(
         "--page-size", type=click.IntRange(1), default=64, show_default=True, help="Take pages of so many tokens."
@@ -158,13 +158,13 @@ def _show_schedule(found: schedule.Schedule, how: str) -> None:
     for (like, makers), shapes in schedule.families(found.shapes).items():
         dims = f"{like.num_heads} heads × {like.kv_lora_rank}+{like.rope_dim}"
         click.echo(f"\n{dims}, {like.q_dtype}×{like.kv_dtype}, page {like.page_size}: {', '.join(makers)}")
-        click.echo("   batch  kv_len  q_len  lengths  configs  kernels  auto measures     auto  exhaustive")
+        click.echo("   batch  kv_len  q_len  lengths      configs  kernels  auto measures     auto  exhaustive")
         for shape in shapes:
             p = shape.problem
-            lengths = "even" if p.total_kv is None else "ragged"
+            lengths = "even" if p.total_kv is None else p.mix
             times = f"{_span(shape.auto_s):>7}  {_span(shape.exhaustive_s):>10}"
             click.echo(
-                f"  {p.batch:6}  {p.max_kv_len:6}  {p.q_len:5}  {lengths:7}  {shape.candidates:7}  {shape.kernels:7}  "
+                f"  {p.batch:6}  {p.max_kv_len:6}  {p.q_len:5}  {lengths:11}  {shape.candidates:7}  {shape.kernels:7}  "
                 f"{shape.measured:13}  {times}"
             )
     _show_left_out(found.left_out)

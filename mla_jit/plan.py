@@ -5,10 +5,11 @@ A choice is frozen at its first resolve in a process. `supports` and `Dispatch` 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -99,14 +100,14 @@ on_miss: Callable[[Problem, Target, Choice], Choice | None] | None = None
 def choose(problem: Problem, target: Target) -> Choice:
     """The choice that a call resolves to: what is `known`, or what `on_miss` gives. Raises NoVariant."""
     choice, ask = known(problem, target), on_miss
-    if ask is None or choice.provenance in MEASURED or (problem, target.name) in _installed:
+    if ask is None or choice.provenance in MEASURED or (_chosen_alike(problem), target.name) in _installed:
         return choice
     return ask(problem, target, choice) or choice
 
 
 def known(problem: Problem, target: Target) -> Choice:
     """What `load` installed; else the tuning database's config for the problem, else the default. Raises NoVariant."""
-    if (installed := _installed.get((problem, target.name))) is not None:
+    if (installed := _installed.get((_chosen_alike(problem), target.name))) is not None:
         return installed
     default = analytic(problem, target)
     rows, legal = _rows(problem, target)
@@ -122,6 +123,11 @@ def known(problem: Problem, target: Target) -> Choice:
         if name != config.variant
     }
     return Choice(rows[config.variant], config, found.provenance, rejected, why, trial)
+
+
+def _chosen_alike(problem: Problem) -> Problem:
+    """The problem without what no choice depends on: for how many groups the caller's work list is made."""
+    return dataclasses.replace(problem, groups=None) if isinstance(problem, DecodeProblem) else problem
 
 
 def _fitted(
@@ -217,7 +223,7 @@ def load(data: bytes, target: Target) -> int:
                 f"{problem} is resolved already, as {made.config}, the plan says {config}; load plans before the first "
                 "call, or call mla_jit.reload() first"
             )
-        found[problem, target.name] = Choice(
+        found[_chosen_alike(problem), target.name] = Choice(
             variant, config, row["provenance"], {}, f"{row['why']} (loaded plan)".strip()
         )
     _installed.update(found)
@@ -263,11 +269,16 @@ def supports(problem: Problem, target: Target) -> Support:
 
 
 class Executable:
-    """A problem with its compiled kernels. `bind` loads them on a device and packs what a call signature fixes."""
+    """A problem with its compiled kernels. `bind` loads them on a device and packs what a call signature fixes.
+
+    `only`: which of the variant's kernels were compiled, where not all of them were.
+    """
 
     def __init__(
-        self, problem: Problem, target: Target, choice: Choice, artifacts: Sequence[Artifact], dispatch: Dispatch
-    ):
+        self, problem: Problem, target: Target, choice: Choice, artifacts: Sequence[Artifact], dispatch: Dispatch,
+        only: tuple[int, ...] | None = None,
+    ):  # fmt: skip
+        self.only = only
         self.problem, self.target, self.dispatch = problem, target, dispatch
         self.variant, self.config = choice.variant, choice.config
         self.artifacts = tuple(artifacts)
@@ -275,18 +286,23 @@ class Executable:
         self.offsets = choice.variant.offsets(problem, target, choice.config)
 
     def bind(
-        self, binding: Binding, device: int, *, forbid_load: str | None = None, prepare: bool = False
+        self, binding: Binding, device: int, *, forbid_load: str | None = None, prepare: bool = False,
+        wishes: Mapping[str, int] | None = None,
     ) -> Bound:  # fmt: skip
         """The launches of this problem on a device, with strides and sizes packed.
 
-        `prepare`: those that fill the buffers which the caller of a planned problem brings. `forbid_load` is a reason,
-        such as graph capture, for which a kernel that is not on the device raises CacheMiss.
+        `prepare`: those that fill the buffers which the caller of a planned problem brings; `wishes` are numbers
+        instead of the variant's own. `forbid_load` is a reason, such as graph capture, for which a kernel that is not
+        on the device raises CacheMiss.
         """
         if forbid_load is not None:
             self._check_loaded(device, forbid_load)
-        numbers = {**binding.numbers, **self.variant.numbers(self.problem, self.target, self.config)}
+        fixed = self.variant.numbers(self.problem, self.target, self.config)
+        numbers = {**binding.numbers, **fixed, **(wishes or {})}
         rule = self.variant.prepare if prepare else self.variant.launches
         launches = rule(self.problem, self.target, self.config)
+        if self.only is not None:
+            launches = tuple(dataclasses.replace(each, kernel=self.only.index(each.kernel)) for each in launches)
         runtime = launch.runtime(self.target.runtime)
         return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
 
@@ -311,6 +327,7 @@ class Executable:
 
 
 _memo: dict[tuple[Problem, Target], Executable] = {}
+_preparations: dict[tuple[Problem, Target], Executable] = {}
 _installed: dict[tuple[Problem, str], Choice] = {}
 _lock = threading.Lock()
 
@@ -331,10 +348,33 @@ def executable_for(problem: Problem, target: Target, *, forbid_compile: str | No
         return _memo.setdefault((problem, target), made)
 
 
-def make(problem: Problem, target: Target, choice: Choice, *, forbid_compile: str | None = None) -> Executable:
-    """The executable of a given choice; not memoised (the tuner's way in)."""
+def preparation_for(problem: Problem, target: Target, *, forbid_compile: str | None = None) -> Executable:
+    """As `executable_for`, with no other kernels than those that fill the buffers of a planned problem.
+
+    For callers that fill them before it is known what reads them; `bind` it with `prepare` alone.
+    """
+    found = _preparations.get((problem, target))
+    if found is None:
+        choice = choose(problem, target)
+        fills = choice.variant.prepare(problem, target, choice.config)
+        only = tuple(sorted({launch.kernel for launch in fills}))
+        found = make(problem, target, choice, forbid_compile=forbid_compile, only=only)
+        with _lock:
+            if len(_preparations) >= _MOST:
+                _preparations.clear()
+            found = _preparations.setdefault((problem, target), found)
+    return found
+
+
+def make(
+    problem: Problem, target: Target, choice: Choice, *, forbid_compile: str | None = None,
+    only: tuple[int, ...] | None = None,
+) -> Executable:  # fmt: skip
+    """The executable of a given choice; not memoised (the tuner's way in). `only`: which kernels, if not all."""
     started = time.perf_counter()
     sources = choice.variant.sources(problem, target, choice.config)
+    if only is not None:
+        sources = tuple(sources[kernel] for kernel in only)
     if len(sources) > 1:  # side by side: what is missing is compiled at the same time
         with ThreadPoolExecutor(len(sources)) as pool:
             built = list(pool.map(lambda source: _build(source, problem, forbid_compile), sources))
@@ -350,7 +390,7 @@ def make(problem: Problem, target: Target, choice: Choice, *, forbid_compile: st
         workspace_bytes=choice.variant.workspace_bytes(problem, target, choice.config), compile_s=compile_s,
         resolve_s=time.perf_counter() - started,
     )  # fmt: skip
-    return Executable(problem, target, choice, artifacts, dispatch)
+    return Executable(problem, target, choice, artifacts, dispatch, only)
 
 
 def _build(source: Source, problem: Problem, forbid_compile: str | None) -> tuple[Artifact, str]:
@@ -365,5 +405,6 @@ def forget() -> None:
     """Drops all resolved and installed choices of the process: the next calls resolve again, with newer tuning rows."""
     with _lock:
         _memo.clear()
+        _preparations.clear()
         _installed.clear()
     lookup.forget()

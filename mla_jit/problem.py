@@ -16,6 +16,7 @@ from mla_jit.errors import InvalidInput
 from mla_jit.layouts import LAYOUTS
 
 SCHEDULERS = ("auto", "split", "persistent")
+MIXES = ("log-uniform", "uniform", "one-long")  # how uneven lengths may be distributed
 ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk copy's base
 
 
@@ -52,7 +53,9 @@ class DecodeProblem(Problem):
     How large: batch, q_len (the longest, if ragged), max_kv_len (a bound: a hint, else the table's capacity), hinted
     (max_kv_len or total_kv came from the caller), total_kv (or None), num_kv_splits (the caller's wish, or None),
     batch_invariant, scheduler (the caller's wish: "auto", "split" or "persistent"), planned (the caller brings the
-    persistent scheduler's work list).
+    persistent scheduler's work list), groups (of programs that the caller's list is cut for; None: as many as the
+    config says), mix (one of MIXES: how the lengths are distributed where total_kv makes them uneven; a measured row
+    tells with what it was timed, a call cannot know and leaves the default).
     """
 
     op: str = "decode"
@@ -88,6 +91,8 @@ class DecodeProblem(Problem):
     batch_invariant: bool = False
     scheduler: str = "auto"
     planned: bool = False
+    groups: int | None = None
+    mix: str = MIXES[0]
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -107,6 +112,11 @@ class DecodeProblem(Problem):
         _check(self.paging in ("table", "csr"), f"paging {self.paging!r} is unknown; use 'table' or 'csr'")
         _check(self.scheduler in SCHEDULERS, f"scheduler {self.scheduler!r} is unknown; use {', '.join(SCHEDULERS)}")
         _check(self.scheduler == "persistent" or not self.planned, "a work list is for the persistent scheduler alone")
+        _check(
+            self.groups is None or (self.planned and self.groups >= 1),
+            f"groups is {self.groups}; it says for how many the caller's work list is made (planned), at least 1",
+        )
+        _check(self.mix in MIXES, f"mix {self.mix!r} is unknown; use {', '.join(MIXES)}")
         _check(
             self.num_kv_splits is None or self.num_kv_splits >= 1,
             f"num_kv_splits is {self.num_kv_splits}; it must be at least 1, or None to let the tuner choose",

@@ -25,7 +25,7 @@ from mla_jit.tuning.stand import Fault, Run, Stand
 POLICY = (
     "v1: µs a call, median and max - min over rounds. A round replays, for the window, one CUDA graph of a call on "
     "each of the input sets, whose KV together exceeds 240 MiB (host variants: calls timed by perf_counter, sets "
-    "beyond 4 × L2). Every sequence has max_kv_len tokens, or, with total_kv, log-uniform lengths with that sum; the "
+    "beyond 4 × L2). Every sequence has max_kv_len tokens, or, with total_kv, lengths of its mix with that sum; the "
     "table has the capacity's width. Timed only after a check against the float64 reference"
 )
 Timer = Callable[[DecodeProblem, Config, int], Sequence[float]]  # (problem, config, rounds) -> µs a call, by round

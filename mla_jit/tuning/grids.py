@@ -308,6 +308,102 @@ def database_figures(found: Sequence[DatabaseRow]) -> list[Figure]:
     ]
 
 
+# --------------------------------------------------------------------------------------------------------------- ragged
+
+
+@dataclass(frozen=True)
+class RaggedRow:
+    """A call by one scheduler, or the kernel that makes a list, in µs: median, least and largest of the runs.
+
+    `kind`: "call"; "list", the kernel alone, of a batch; "full" and "padded", calls without and with empty sequences.
+    `aim_us`: what it is not to exceed. `error` is None where there is no result.
+    """
+
+    kind: str
+    shape: str
+    scheduler: str
+    heads: int
+    ours_us: float
+    low_us: float
+    high_us: float
+    aim_us: float | None = None
+    error: float | None = None
+
+
+RAGGED_AIMS_US = {16: 216.0, 64: 248.0, 128: 340.0}  # by heads, of 64 log-uniform lengths, the list made in each call
+LIST_AIM_US, LISTED = 6.0, (1, 64, 256)  # of the kernel that makes a list, for these batches
+PADDING_AIM = 1.01  # time with empty sequences ÷ without
+PADDED = tuple((heads, 4096, 128, 1024) for heads in (16, 128))  # heads, length, sequences, with the empty ones
+_LISTS_A_SET = 20  # calls in a row of the kernel that makes a list, in a graph
+
+
+def ragged_rows(decode: Decode, *, runs: int = 3, rounds: int = 5) -> Iterator[RaggedRow]:
+    """Both schedulers on the peers' ragged shapes; the kernel that makes a list; what empty sequences cost."""
+    for shape in (shape for shape, _ in peers_grid() if shape.label == "ragged"):
+        runners = {name: bench.ours(partial(decode, scheduler=way)) for name, way in _WAYS.items()}
+        found = _timed(shape, runners, runs, rounds)
+        for name, way in _WAYS.items():
+            aim = RAGGED_AIMS_US.get(shape.heads) if way == "persistent" else None
+            yield _ragged_row("call", str(shape), way, shape.heads, found.times[name], aim, found.error)
+    for batch in LISTED:
+        times = [_list_us(bench.Shape(16, ragged_lens(batch, seed=seed)), rounds, seed) for seed in range(runs)]
+        yield _ragged_row("list", f"the list of {batch} sequences", "persistent", 16, times, LIST_AIM_US)
+    for heads, kv_len, batch, padded in PADDED:
+        for kind, empty in (("full", 0), ("padded", padded - batch)):
+            shape = bench.Shape(heads, (kv_len,) * batch + (0,) * empty)
+            runners = {"mla_jit": bench.ours(partial(decode, scheduler="persistent"))}
+            found = _timed(shape, runners, runs, rounds)
+            label = f"{kv_len} × {heads} heads × {batch}" + (f" + {empty} empty" if empty else "")
+            yield _ragged_row(kind, label, "persistent", heads, found.times["mla_jit"], None, found.error)
+
+
+_WAYS = {"mla_jit": "persistent", "split": "split"}  # by runner
+
+
+def _ragged_row(
+    kind: str, shape: str, scheduler: str, heads: int, times: Sequence[float], aim_us: float | None = None,
+    error: float | None = None,
+) -> RaggedRow:  # fmt: skip
+    median = statistics.median(times)
+    return RaggedRow(kind, shape, scheduler, heads, median, min(times), max(times), aim_us, error)
+
+
+def _list_us(shape: Shape, rounds: int, seed: int) -> float:
+    """µs of the kernel that makes a list, launched again and again in a graph: the median of the rounds."""
+    first = bench.make_sets(shape, seed=seed, rotate_bytes=0)[0]
+    metadata = api.decode_metadata(first.q, first.cache, **first.keywords)
+
+    def once(s: bench.Set) -> Any:
+        return api.decode_metadata(s.q, s.cache, **s.keywords, metadata=metadata)
+
+    calls = [first] * _LISTS_A_SET
+    graph = bench.graph_of(once, calls)
+    return statistics.median(bench.time_alternating({"": graph}, len(calls), rounds=rounds)[""])
+
+
+def ragged_figures(found: Sequence[RaggedRow]) -> list[Figure]:
+    """The persistent scheduler at each head count, the slowest list, and the dearest padding, with their aims."""
+    figures = [
+        Figure(f"persistent_{row.heads}_us", f"us, persistent, {row.shape}", row.ours_us, row.aim_us, True, ".1f")
+        for row in found if row.kind == "call" and row.scheduler == "persistent"
+    ]  # fmt: skip
+    split = {row.shape: row.ours_us for row in found if row.kind == "call" and row.scheduler == "split"}
+    gains = [split[row.shape] / row.ours_us for row in found if row.scheduler == "persistent" and row.shape in split]
+    lists = [row.ours_us for row in found if row.kind == "list"]
+    full = {row.heads: row.ours_us for row in found if row.kind == "full"}
+    padding = [row.ours_us / full[row.heads] for row in found if row.kind == "padded" and row.heads in full]
+    return [
+        *figures,
+        Figure("gain", f"geometric mean of split / persistent over {len(gains)} shapes", _mean(gains)),
+        Figure("list_us", "us, the slowest list", max(lists, default=None), LIST_AIM_US, True, ".2f"),
+        Figure("padding", "worst padded / full", max(padding, default=None), PADDING_AIM, True, ".4f"),
+    ]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return geometric_mean(values) if values else None
+
+
 # --------------------------------------------------------------------------------------------------------------- proofs
 
 

@@ -35,8 +35,9 @@ _HARD_FIELDS = (
 )  # fmt: skip
 _SOFT_FIELDS = (
     "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
-    "misaligned", "flat_pages", "index64", "scheduler", "planned",
+    "misaligned", "flat_pages", "index64", "scheduler", "planned", "mix",
 )  # fmt: skip
+_MIX = _SOFT_FIELDS.index("mix")  # a call does not know its own: it asks for the default
 _NEAR = 8  # rows from which an answer for other sizes is made
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
@@ -97,6 +98,11 @@ class _Cell:
     def length(self) -> int:
         """The mean length, tokens."""
         return self.shape[3] if self.mean is None else self.mean
+
+    def lengths_of(self, asked: _Cell, shape: Shape) -> _Cell:
+        """The empty cell of this shape with the mean length, and the mix of lengths, that are asked for."""
+        soft = (*self.soft[:_MIX], asked.soft[_MIX], *self.soft[_MIX + 1 :])
+        return dataclasses.replace(self, shape=shape, soft=soft, mean=asked.mean, rows=())
 
     def differences(self, asked: _Cell) -> tuple[int, float]:
         """In how many soft fields, hints and wishes it is another than what is asked for, and how far off in length."""
@@ -232,7 +238,7 @@ class _Question:
         for sizes, near in self._by_sizes(cells):
             lines: dict[tuple[Any, ...], list[_Cell]] = {}  # cells that differ in lengths alone
             for cell in near:
-                key = dataclasses.replace(cell, shape=(*sizes, asked.shape[3]), mean=asked.mean, rows=())
+                key = cell.lengths_of(asked, (*sizes, asked.shape[3]))
                 lines.setdefault((key.differences(asked), str(key)), []).append(cell)
             for _, line in sorted(lines.items()):
                 if (found := self._worst_case(line)) is not None:
@@ -261,7 +267,7 @@ class _Question:
             cell, row = min(mine, key=lambda pair: (not self._stale(pair[1].trial), -pair[0].shape[3], pair[1].order))
             lengths = sorted({(c.shape[3], c.length) for c, _ in mine})
             told = ", ".join(f"{kv}" if kv == mean else f"{kv} (mean {mean})" for kv, mean in lengths)
-            unhinted = dataclasses.replace(cell, shape=(*cell.shape[:3], self.asked.shape[3]), mean=self.asked.mean)
+            unhinted = cell.lengths_of(self.asked, (*cell.shape[:3], self.asked.shape[3]))
             found = self._found(unhinted, row, f"best worst case over kv {told}; ")
             apart = _distance(cell.shape[:3], self.asked.shape[:3])
             return dataclasses.replace(found, near=tuple((r.trial, apart) for _, r in mine) if apart else ())

@@ -98,24 +98,39 @@ def lengths(problem: DecodeProblem, tokens: int) -> list[list[int]]:
 
 
 def timed_lengths(problem: DecodeProblem) -> list[int]:
-    """Lengths by sequence with which a candidate is timed: the bound; with total_kv, log-uniform up to it.
+    """Lengths by sequence with which a candidate is timed: the bound; with total_kv, as the problem's mix has it.
 
-    Then the lengths are the quantiles of a log-uniform distribution whose lower end makes their sum total_kv, in a
-    random order; where even the lower end 1 makes it too large, even shares of it.
+    They have the sum total_kv (but for rounding, and no length below 1), in a random order. "log-uniform": the
+    quantiles from a lower end that makes this sum up to the bound; where even the lower end 1 makes it too large, even
+    shares of it. "uniform": the middles of equal parts of a range up to the bound, or to twice the mean where that is
+    less. "one-long": one has the bound, the others share the rest evenly.
     """
     p = problem
     if p.total_kv is None or p.total_kv >= p.max_kv_len * p.batch:
         return [p.max_kv_len] * p.batch
-    low, high = 0.0, math.log(p.max_kv_len)
-    if sum(_quantiles(p, low)) > p.total_kv:
-        share, more = divmod(p.total_kv, p.batch)
-        return [max(1, share + (b < more)) for b in range(p.batch)]
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if sum(_quantiles(p, middle)) > p.total_kv else (middle, high)
-    found = _quantiles(p, low)
+    if p.mix == "one-long":
+        longest = max(1, min(p.max_kv_len, p.total_kv - (p.batch - 1)))
+        found = [longest, *_shares(p.total_kv - longest, p.batch - 1)]
+    elif p.mix == "uniform":
+        mean = p.total_kv / p.batch
+        low, high = max(0.0, 2 * mean - p.max_kv_len), min(2 * mean, float(p.max_kv_len))
+        found = [max(1, round(low + (high - low) * (b + 0.5) / p.batch)) for b in range(p.batch)]
+    elif sum(_quantiles(p, 0.0)) > p.total_kv:
+        return _shares(p.total_kv, p.batch)
+    else:
+        low, high = 0.0, math.log(p.max_kv_len)
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (low, middle) if sum(_quantiles(p, middle)) > p.total_kv else (middle, high)
+        found = _quantiles(p, low)
     random.Random(p.batch).shuffle(found)
     return found
+
+
+def _shares(tokens: int, sequences: int) -> list[int]:
+    """Even lengths with this sum, none below 1."""
+    share, more = divmod(max(tokens, 0), max(1, sequences))
+    return [max(1, share + (b < more)) for b in range(sequences)]
 
 
 def _quantiles(p: DecodeProblem, low: float) -> list[int]:
@@ -235,7 +250,9 @@ class Stand:
             q[0] if len(q) == 1 else tuple(q), kv[0] if len(kv) == 1 else tuple(kv), **self._call, **paging,
             max_kv_len=p.max_kv_len * (2 if p.context_parallel else 1),
         )  # fmt: skip
-        sizes = ("max_kv_len", "hinted", "total_kv", "num_kv_splits", "batch_invariant", "misaligned", "flat_pages")
+        sizes = (
+            "max_kv_len", "hinted", "total_kv", "mix", "num_kv_splits", "batch_invariant", "misaligned", "flat_pages",
+        )  # fmt: skip
         made = inputs.problem.fields()
         off = [name for name, value in p.fields().items() if name not in sizes and made[name] != value]
         if off:

@@ -53,7 +53,7 @@ _TRIAL_1: dict[str, type] = {
     "created": str, "note": str,
 }  # fmt: skip
 _NULLABLE = {
-    "total_kv", "num_kv_splits", "median_us", "spread_us", "default_us", "rel_l2", "registers", "spill_bytes",
+    "total_kv", "num_kv_splits", "groups", "median_us", "spread_us", "default_us", "rel_l2", "registers", "spill_bytes",
     "smem_bytes",
 }  # fmt: skip
 
@@ -99,9 +99,17 @@ def _version_2(db: Database) -> None:
     _make_best(db, (*_PROBLEM_1, "scheduler", "planned"))
 
 
+def _version_3(db: Database) -> None:
+    """How a problem's lengths are distributed, and for how many groups its list is made; older rows: log-uniform."""
+    db.execute("ALTER TABLE trials ADD COLUMN mix TEXT NOT NULL DEFAULT 'log-uniform'")
+    db.execute("ALTER TABLE trials ADD COLUMN groups INTEGER")
+    db.execute("DROP VIEW best")
+    _make_best(db, (*_PROBLEM_1, "scheduler", "planned", "groups", "mix"))
+
+
 # The function at place n takes a database of version n to n + 1; the version stands in PRAGMA user_version. They run in
 # one transaction, so by `execute`: what else changes a schema in sqlite-utils 3 commits.
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2)
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2, _version_3)
 
 PROBLEM_COLUMNS = tuple(f.name for f in dataclasses.fields(DecodeProblem))
 _TRIAL = tuple(f.name for f in dataclasses.fields(Trial) if f.name not in ("problem", "config"))

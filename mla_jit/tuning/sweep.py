@@ -22,7 +22,7 @@ from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CompileError, InvalidInput
-from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.problem import MIXES, DecodeProblem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
 from mla_jit.tuning.builds import Builds
@@ -31,7 +31,7 @@ from mla_jit.tuning.store import Store
 
 EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by effort
 LAST = len(EFFORTS) - 1
-LENGTHS = ("even", "ragged")  # how the lengths of a batch are distributed
+LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
@@ -57,31 +57,43 @@ def shapes(
 ) -> list[DecodeProblem]:  # fmt: skip
     """The problems of (model, tensor-parallel ranks) pairs, each once: models with the same heads and dims share them.
 
-    lengths: "even", all as long as the bound; "ragged", log-uniform from 128 tokens to it, told by total_kv.
+    lengths: "even", all as long as the bound; "log-uniform" from 128 tokens to it, also called "ragged"; "uniform", up
+    to it; "one-long", one as long and the others of 128 tokens. The uneven ones are told by total_kv, rounded as a
+    call's is, and by mix; one whose rounded total is that of even lengths is left out.
     Left out: lengths beyond a model's context, and caches larger than memory_bytes. Those that share kernels follow
     each other. InvalidInput for an unknown distribution.
     """
     if unknown := set(lengths) - set(LENGTHS):
-        raise InvalidInput(f"lengths {', '.join(sorted(unknown))}: unknown; use {' or '.join(LENGTHS)}")
+        raise InvalidInput(f"lengths {', '.join(sorted(unknown))}: unknown; use {', '.join(LENGTHS)}")
     found: dict[DecodeProblem, None] = {}
     for model, tp in wanted:
         for dtype in dtypes if dtypes is not None else model.dtypes:
             q, cache = models.dtypes_on(dtype, target)
             for q_len, batch, kv_len, how in itertools.product(q_lens, batches, kv_lens, lengths):
-                if how == "ragged" and (batch == 1 or kv_len <= _SHORTEST):
+                mix = how if how in MIXES else MIXES[0]
+                total = None if how == "even" else _total(batch, kv_len, mix)
+                if how != "even" and (total is None or total >= batch * bucket(kv_len)):
                     continue
-                total = None
-                if how == "ragged":
-                    total = bucket(round(batch * (kv_len - _SHORTEST) / math.log(kv_len / _SHORTEST)))
                 problem = DecodeProblem(
                     num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim,
                     q_dtype=q, kv_dtype=cache, out_dtype="bf16" if DTYPES[q].bits == 8 else q,
                     page_size=page_size, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len), total_kv=total,
-                    hinted=True,
+                    hinted=True, mix=mix,
                 )  # fmt: skip
                 if kv_len <= model.max_kv_len and cache_bytes(problem) <= (memory_bytes or 1 << 62):
                     found[problem] = None
     return list(found)
+
+
+def _total(batch: int, kv_len: int, mix: str) -> int | None:
+    """Tokens of a batch with this mix of lengths up to kv_len, rounded as a call's; None where none is shorter."""
+    if batch == 1 or kv_len <= _SHORTEST:
+        return None
+    if mix == "uniform":
+        return bucket(-(-batch * kv_len // 2))
+    if mix == "one-long":
+        return bucket(kv_len + (batch - 1) * _SHORTEST)
+    return bucket(round(batch * (kv_len - _SHORTEST) / math.log(kv_len / _SHORTEST)))
 
 
 def cache_bytes(problem: DecodeProblem) -> int:
@@ -356,15 +368,15 @@ class _Sweep:
         )  # fmt: skip
 
 
-_OF_LENGTHS = ("max_kv_len", "total_kv")
+_OF_LENGTHS = ("max_kv_len", "total_kv", "mix")
 
 
 def _but_lengths(problem: DecodeProblem) -> DecodeProblem:
-    return dataclasses.replace(problem, max_kv_len=0, total_kv=None)
+    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, mix=MIXES[0])
 
 
 def _but_batch(problem: DecodeProblem) -> DecodeProblem:
-    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, batch=0)
+    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, mix=MIXES[0], batch=0)
 
 
 def _apart(a: DecodeProblem, b: DecodeProblem) -> float:

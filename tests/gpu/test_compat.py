@@ -14,9 +14,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cases
 from cases import Case
-from unit.test_compat import AITER_CASES, FLASH_MLA_CASES, aiter_arguments, flash_mla_arguments
+from unit.test_compat import (
+    AITER_CASES,
+    FLASH_MLA_CASES,
+    aiter_arguments,
+    flash_mla_arguments,
+    metadata_arguments,
+    work_buffers,
+)
 
-from mla_jit.compat.aiter import mla_decode_fwd
+import mla_jit
+from mla_jit.compat.aiter import get_mla_metadata_v1, mla_decode_fwd
 from mla_jit.compat.flash_mla import flash_mla_with_kvcache
 
 pytestmark = pytest.mark.gpu
@@ -39,6 +47,31 @@ def test_aiter_decode(case: Case, captured: bool) -> None:
             _, lse = mla_decode_fwd(**arguments, return_lse=True)
         arguments["o"].fill_(torch.nan)
         graph.replay()
+    cases.check(call, arguments["o"], lse)
+
+
+@on_gpu(AITER_CASES)
+@pytest.mark.parametrize("modes", [{}, {"intra_batch_mode": True, "max_split_per_batch": 2}], ids=str)
+def test_aiter_decode_by_a_schedule(case: Case, modes: dict[str, Any]) -> None:
+    """Buffers for a larger batch; the schedule and three layers in a graph."""
+    call = cases.build(case, "cuda")
+    work = work_buffers(call, batch=2 * len(case.lens))
+    metadata = metadata_arguments(call, work, **modes)
+    arguments = aiter_arguments(call)
+    get_mla_metadata_v1(**metadata)
+    _, lse = mla_decode_fwd(**arguments, **work, return_lse=True)
+    cases.check(call, arguments["o"], lse)
+    assert mla_jit.last_dispatch().variant == "decode_persistent_triton"
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        get_mla_metadata_v1(**metadata)
+        for _ in range(3):
+            _, lse = mla_decode_fwd(**arguments, **work, return_lse=True)
+    work["work_info_set"].fill_(-7)
+    work["reduce_partial_map"].fill_(-7)
+    arguments["o"].fill_(torch.nan)
+    graph.replay()
     cases.check(call, arguments["o"], lse)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import cases
@@ -11,12 +14,19 @@ import pytest
 import torch
 
 import mla_jit
-from mla_jit import ahead, target
+from mla_jit import ahead, plan, target
+from mla_jit.config import Config
 from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.ops.decode.persistent import UNIT
 from mla_jit.ops.decode.worklist import work_list
+from mla_jit.tuning import bench
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+MODES = (
+    {}, {"max_split_per_batch": 1}, {"max_split_per_batch": 3}, {"intra_batch_mode": True},
+    {"intra_batch_mode": True, "max_split_per_batch": 4},
+)  # fmt: skip
 CASES = tuple(
     dict.fromkeys(dataclasses.replace(case, num_kv_splits=None, batch_invariant=False) for case in cases.GPU)
 )  # fmt: skip
@@ -32,6 +42,29 @@ def built(request: pytest.FixtureRequest) -> dict[cases.Case, cases.Call]:
     ]
     ahead.build_all(ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs)
     return calls
+
+
+FOLDED = CASES[::3]
+
+
+def fold(call: cases.Call) -> None:
+    """From now on calls like this one, with and without a list, sum their partials in the walk."""
+    here, chosen = target.of_device("cuda", 0), []
+    for planned in (False, True):
+        given = {name: value for name, value in call.kwargs.items() if name not in ("num_kv_splits", "batch_invariant")}
+        problem = decode_inputs(call.q, call.kv_cache, **given, scheduler="persistent", planned=planned).problem
+        exported = json.loads(plan.export([problem], here))
+        config = Config.from_json(exported["choices"][0]["config"]).replace(fold=True)
+        chosen.append({**exported["choices"][0], "config": config.to_json()})
+    mla_jit.reload()
+    assert plan.load(json.dumps({**exported, "choices": chosen}).encode(), here) == 2
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Choices that a test has installed are forgotten."""
+    yield
+    mla_jit.reload()
 
 
 def decode(call: cases.Call, **more: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -58,6 +91,103 @@ def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     assert torch.equal(again.view(torch.uint8), first.view(torch.uint8))  # the same inputs, the same bits
 
 
+@pytest.mark.parametrize("listed", FOLDED, ids=lambda c: c.id)
+@pytest.mark.usefixtures("forgotten")
+def test_a_folded_case(listed: cases.Case) -> None:
+    """Right, with no third kernel; the same bits from layer to layer, the counts being zero after each."""
+    call = cases.build(listed, DEVICE)
+    fold(call)
+    call.poison()
+    out, lse = decode(call, scheduler="persistent")
+    cases.check(call, out, lse)
+    dispatch = mla_jit.last_dispatch()
+    assert dispatch is not None
+    assert dispatch.config["fold"]
+    assert [kernel.name.rpartition("_")[2] for kernel in dispatch.kernels] == ["persistent", "schedule"]
+    written = len(out) if "qo_indptr" not in call.kwargs else int(call.kwargs["qo_indptr"][-1])
+    first = out[:written].clone()
+    metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
+    for _ in range(3):
+        call.poison()
+        again, lse = decode(call, metadata=metadata)
+        cases.check(call, again, lse)
+        assert torch.equal(again[:written].view(torch.uint8), first.view(torch.uint8))
+        assert not metadata.arrivals.any()
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.usefixtures("forgotten")
+def test_whoever_is_last_the_bits_are_the_same(heads: int) -> None:
+    """200 calls of a batch in which every sequence is cut, in a graph of 10 layers."""
+    case = cases.Case(heads=heads, lens=(9000, 30000, 64, 0, 5000), extra_pages=0, out_view="", **cases.PLAIN)
+    call = cases.build(case, DEVICE)
+    fold(call)
+    metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
+    assert int(metadata.sums[:, 1].max()) > 2
+    first, _ = decode(call, metadata=metadata)
+    cases.check(call, first, call.kwargs["lse"])
+    first = first.clone()
+    outs = [torch.empty_like(first) for _ in range(10)]
+    layers = [call.changed(out=out) for out in outs]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in layers:
+            decode(layer, metadata=metadata)
+    for _ in range(20):
+        for out in outs:
+            out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out.view(torch.uint8), first.view(torch.uint8)) for out in outs)
+    assert not metadata.arrivals.any()
+
+
+@pytest.mark.parametrize("wishes", MODES, ids=str)
+@pytest.mark.parametrize("heads", [16, 128])
+def test_the_modes(heads: int, wishes: dict[str, Any]) -> None:
+    case = cases.Case(heads=heads, lens=(9000, 1, 64, 0, 5000, 12345), extra_pages=0, out_view="", **cases.PLAIN)
+    call = cases.build(case, DEVICE)
+    metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs, **wishes)
+    parts = metadata.sums[:, 1].tolist()
+    assert max(parts) <= wishes.get("max_split_per_batch", 2**20)
+    config = mla_jit.decode_plan(call.q, call.kv_cache, **call.kwargs, metadata=metadata).dispatch.config
+    tiles = [-(-n // 64) for n in case.lens]
+    want = work_list(
+        tiles, len(metadata.groups) - 1, config.int("overhead"), wishes.get("max_split_per_batch", 1 << 20),
+        even=wishes.get("intra_batch_mode", False),
+    )  # fmt: skip
+    assert metadata.groups.tolist() == list(want.groups)
+    assert metadata.info[: len(want.info)].tolist() == [list(row) for row in want.info]
+    assert metadata.sums.tolist() == [list(row) for row in want.sums]
+    call.poison()
+    out, lse = decode(call, metadata=metadata)
+    cases.check(call, out, lse)
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("padded", [256, 1024])
+def test_padding_costs_less_than_a_percent(heads: int, padded: int) -> None:
+    """128 sequences of 4096 tokens in a call of more, the others empty; calls alternate in graphs, medians count."""
+    shapes = [bench.Shape(heads, (4096,) * 128 + (0,) * (n - 128)) for n in (128, padded)]
+    graphs, kept = {}, []
+    for shape in shapes:
+        (first, *_) = sets = bench.make_sets(shape)
+        metadata = mla_jit.decode_metadata(first.q, first.cache, **first.keywords)
+
+        def call(s: bench.Set, metadata: Any = metadata) -> torch.Tensor:  # a list serves all sets: equal lengths
+            return mla_jit.decode(s.q, s.cache, **s.keywords, metadata=metadata)
+
+        out = call(first)
+        assert bench.worst_row(out, first, [0, 64, 127]) < 8e-3
+        assert not out[128:].any()
+        graphs[str(shape.batch)] = bench.graph_of(call, sets)
+        kept.append((sets, metadata))
+        calls = len(sets)
+    times = {name: statistics.median(us) for name, us in bench.time_alternating(graphs, calls).items()}
+    assert times[str(padded)] <= 1.01 * times["128"], times
+
+
 def test_the_list_is_the_hosts() -> None:
     rng = random.Random(0)
     for batch in (1, 3, 64, 257, 1500):
@@ -72,7 +202,7 @@ def test_the_list_is_the_hosts() -> None:
         metadata = mla_jit.decode_metadata(q, cache, **arguments)
         call = mla_jit.decode_plan(q, cache, **arguments, metadata=metadata)
         config = call.dispatch.config
-        tiles = [-(-n // config.int("block_n")) for n in lens]
+        tiles = [-(-n // UNIT) for n in lens]
         want = work_list(tiles, len(metadata.groups) - 1, config.int("overhead"))
         assert metadata.groups.tolist() == list(want.groups)
         assert metadata.info.tolist() == [list(row) for row in want.info]

@@ -52,9 +52,9 @@ def timer(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
 
-    def decode(q, cache, *, max_kv_len, **keywords):
+    def decode(q, cache, *, max_kv_len, scheduler=None, **keywords):
         assert set(keywords) == {"kv_lora_rank", "sm_scale", "block_table", "seq_lens"}
-        made.asked[-1] += (max_kv_len,)
+        made.asked[-1] += (max_kv_len,) if scheduler is None else (max_kv_len, scheduler)
         return q
 
     def fake(shape, runners, *, rounds, seed):
@@ -606,7 +606,50 @@ def test_a_held_out_shape_that_is_stored(nothing_stored):
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("grid", ["peers", "q2", "capture", "databases", "quality", "neighbours", "first-call"])
+def test_uneven_lengths_by_both_schedulers(timer, monkeypatch):
+    """With the list in each call; the lists alone; and what empty sequences cost: each beside its aim."""
+    lists = []
+
+    def list_us(shape, rounds, seed):
+        lists.append((shape.batch, seed))
+        return shape.batch / 64 + seed
+
+    monkeypatch.setattr(grids, "_list_us", list_us)
+    timer.us = lambda name, shape, seed: {"mla_jit": 200.0, "split": 250.0}[name] + seed + 1.5 * (0 in shape.lens)
+    data = run_json("--grid", "ragged", "--runs", "2")
+    calls = [(row["shape"], row["scheduler"], row["heads"], row["ours_us"], row["aim_us"]) for row in data["rows"]]
+    assert calls[:6] == [
+        (f"ragged × {heads} heads × 64", scheduler, heads, us, aim)
+        for heads, aim in ((16, 216.0), (64, 248.0), (128, 340.0))
+        for scheduler, us, aim in (("persistent", 200.5, aim), ("split", 250.5, None))
+    ]  # fmt: skip
+    assert calls[6:9] == [(f"the list of {n} sequences", "persistent", 16, n / 64 + 0.5, 6.0) for n in (1, 64, 256)]
+    assert lists == [(n, seed) for n in (1, 64, 256) for seed in (0, 1)]
+    assert [row[0] for row in calls[9:]] == [
+        f"4096 × {heads} heads × 128{more}" for heads in (16, 128) for more in ("", " + 896 empty")
+    ]  # fmt: skip
+    assert data["padding"] == pytest.approx(202 / 200.5)
+    assert (data["list_us"], data["persistent_128_us"], data["gain"]) == (4.5, 200.5, pytest.approx(250.5 / 200.5))
+    assert data["missed"] == []
+    assert {asked[3] for asked in timer.asked} == {"persistent", "split"}
+    timer.us = lambda name, shape, seed: 220.0 + 5.0 * (0 in shape.lens)
+    text = run("--grid", "ragged", "--runs", "1", code=1)
+    assert text == ""
+    missed = run_json("--grid", "ragged", "--runs", "1")["missed"]
+    assert missed == ["persistent_16_us", "padding"]
+
+
+def test_a_list_is_timed_by_itself(on_cpu, monkeypatch):
+    made = []
+    monkeypatch.setattr(api, "decode_metadata", lambda *a, metadata=None, **k: made.append(metadata) or "lists")
+    assert grids._list_us(bench.Shape(4, (100, 7)), 3, 0) == 1.0
+    assert made == [None, *["lists"] * 20]
+    assert on_cpu == [["lists"] * 20]
+
+
+@pytest.mark.parametrize(
+    "grid", ["peers", "q2", "capture", "ragged", "databases", "quality", "neighbours", "first-call"]
+)
 def test_without_a_gpu_there_is_one_error(grid, monkeypatch):
     monkeypatch.setattr(overhead, "_in_child", None)
     said = run("--grid", grid, code=1)

@@ -344,8 +344,8 @@ def test_help_says_what_each_option_does_and_its_default(verb: str) -> None:
         (("run", "--plan", "any", "--tp", "1", "--kv-len", "64"), 2, "leave out --tp, --kv-len"),
         (("run", *SMALL, "--gpus", ""), 2, "--gpus is empty"),
         (("run", *SMALL, "--gpus", "-1"), 2, "-1 is no index of a GPU"),
-        (("run", *SMALL, "--lengths", "long"), 2, "use even or ragged"),
-        (("plan", *SMALL, "--lengths", "long"), 2, "use even or ragged"),
+        (("run", *SMALL, "--lengths", "long"), 2, "use even, ragged, log-uniform, uniform, one-long"),
+        (("plan", *SMALL, "--lengths", "long"), 2, "use even, ragged, log-uniform, uniform, one-long"),
         (("plan",), 2, "Missing option '--model'"),
         (("plan", "--model", "gpt-2"), 2, "no model 'gpt-2'"),
         (("plan", "--model", "deepseek-v3", "--tp", "3"), 2, "cannot share equally"),
@@ -546,4 +546,4 @@ def test_the_watch_knows_what_is_done_and_what_is_left() -> None:
     event("trial", 0, config=others[1], effort=2, measurement=measured(31.0))  # the best of another length
     assert shown()[1].startswith("null:0 1 4 heads × 1 × 256, the best of other lengths best 31.0 us")
     watch.on_event("start", {"device": "null:0", "problem": shapes[2], "candidates": 9, "planned": 20})
-    assert "4 heads × 3 × 256, ragged" in shown()[1]
+    assert "4 heads × 3 × 256, log-uniform" in shown()[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ import cases
 from cases import Call, Case
 
 import mla_jit
+from mla_jit import launch, settings, target
 from mla_jit.compat import flash_mla
-from mla_jit.compat.aiter import mla_decode_fwd
+from mla_jit.compat.aiter import get_mla_metadata_info_v1, get_mla_metadata_v1, mla_decode_fwd
 from mla_jit.errors import InvalidInput
+from mla_jit.launch.null import NullRuntime
+from mla_jit.ops.decode import persistent
 
 AITER_ORDER = (
     "q kv_buffer o qo_indptr kv_indptr kv_indices kv_last_page_lens max_seqlen_q page_size nhead_kv sm_scale "
@@ -52,6 +56,47 @@ FLASH_MLA_CASES = (
     Case(q_len=2, lens=(100, 1), sinks=True, page=64),
     Case(q_3d=False, lens=(130, 64), q_dtype="bf16", kv_dtype="bf16", page=64),
 )
+
+
+WORK = ("work_meta_data", "work_indptr", "work_info_set", "reduce_indptr", "reduce_final_map", "reduce_partial_map")
+INFO_ORDER = (
+    "batch_size max_seqlen_qo num_head_qo q_dtype kv_dtype is_sparse fast_mode num_kv_splits intra_batch_mode "
+    "max_split_per_batch"
+)
+METADATA_ORDER = (
+    "seqlens_qo_indptr seqlens_kv_indptr kv_last_page_lens num_heads_per_head_k num_heads_k is_causal "
+    "work_metadata_ptrs work_info_set work_indptr reduce_indptr reduce_final_map reduce_partial_map page_size "
+    "kv_granularity max_seqlen_qo uni_seqlen_qo fast_mode topk max_split_per_batch intra_batch_mode is_cp_round_robin "
+    "mla_version dtype_q_nope dtype_q_rope dtype_kv_nope dtype_kv_rope dtype_q dtype_kv"
+)
+
+
+def work_buffers(call: Call, *, batch: int | None = None) -> dict[str, torch.Tensor]:
+    """The six buffers for a call, or for a larger batch, full of -7; by the names of mla_decode_fwd."""
+    case = call.case
+    info = get_mla_metadata_info_v1(
+        batch or len(case.lens), call.kwargs["max_q_len"], case.heads, call.q.dtype, call.kv_cache.dtype,
+        is_sparse=False, fast_mode=True,
+    )  # fmt: skip
+    device = call.q.device
+    made = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in info]
+    for tensor in made:
+        if tensor.dtype == torch.int32:
+            tensor.fill_(-7)
+    return dict(zip(WORK, made, strict=True))
+
+
+def metadata_arguments(call: Call, work: dict[str, torch.Tensor], **more: Any) -> dict[str, Any]:
+    """Of get_mla_metadata_v1, as serving frameworks call it: dtypes and the longest query by keyword."""
+    kwargs, case = call.kwargs, call.case
+    return {
+        "seqlens_qo_indptr": kwargs["qo_indptr"], "seqlens_kv_indptr": kwargs["kv_indptr"],
+        "kv_last_page_lens": kwargs["kv_last_page_lens"], "num_heads_per_head_k": case.heads // case.kv_heads,
+        "num_heads_k": case.kv_heads, "is_causal": case.causal, "work_metadata_ptrs": work["work_meta_data"],
+        **{name: work[name] for name in WORK[1:]}, "page_size": case.page, "kv_granularity": max(case.page, 16),
+        "max_seqlen_qo": kwargs["max_q_len"], "uni_seqlen_qo": kwargs["max_q_len"], "fast_mode": False,
+        "dtype_q": call.q.dtype, "dtype_kv": call.kv_cache.dtype, **more,
+    }  # fmt: skip
 
 
 def defaults(function: Any) -> dict[str, Any]:
@@ -88,6 +133,121 @@ def flash_mla_arguments(call: Call) -> dict[str, Any]:
 def test_aiter_signature() -> None:
     assert " ".join(inspect.signature(mla_decode_fwd).parameters) == AITER_ORDER
     assert {name: value for name, value in defaults(mla_decode_fwd).items() if value is not None} == AITER_DEFAULTS
+
+
+def test_aiter_signatures_of_the_schedule() -> None:
+    assert " ".join(inspect.signature(get_mla_metadata_info_v1).parameters) == INFO_ORDER
+    assert " ".join(inspect.signature(get_mla_metadata_v1).parameters) == METADATA_ORDER
+    given = {name: value for name, value in defaults(get_mla_metadata_v1).items() if value is not None}
+    assert given == {
+        "page_size": 1, "kv_granularity": 16, "max_seqlen_qo": -1, "uni_seqlen_qo": -1, "fast_mode": True, "topk": -1,
+        "max_split_per_batch": -1, "intra_batch_mode": False, "is_cp_round_robin": False, "mla_version": 0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def null() -> Iterator[NullRuntime]:
+    """Calls on CPU tensors planned for sm_90 and sent to the null runtime."""
+    runtime = NullRuntime()
+    with settings.scope(target="sm_90", shipped_db=False):
+        launch.override(runtime)
+        mla_jit.reload()
+        yield runtime
+    launch.override(None)
+    mla_jit.reload()
+
+
+def scheduled_call(batch: int = 3, page: int = 64, q_len: int = 1, heads: int = 16) -> Call:
+    case = Case(csr=True, page=page, q_lens=(q_len,) * batch, lens=(200,) * batch, heads=heads, C=512, R=64,
+                q_dtype="bf16", kv_dtype="bf16")  # fmt: skip
+    return cases.build(case)
+
+
+def test_aiter_schedule_is_made_once_and_run_by_each_layer(null: NullRuntime) -> None:
+    """Buffers for 10 sequences serve 3; the kernels get them, and a split wish for them is none for the call."""
+    call = scheduled_call()
+    work = work_buffers(call, batch=10)
+    get_mla_metadata_v1(**metadata_arguments(call, work))
+    for _ in range(2):
+        mla_decode_fwd(**{**aiter_arguments(call), "num_kv_splits": 16}, **work, intra_batch_mode=True)
+    names = [record.kernel.removeprefix("decode_persistent_triton_") for record in null.records]
+    assert names == ["schedule", *["decode_persistent", "combine_listed"] * 2]
+    lists = {work[name].data_ptr() for name in ("work_indptr", "work_info_set", "reduce_final_map")}
+    assert lists | {work["reduce_partial_map"].data_ptr()} <= set(null.records[0].pointers)
+    assert call.kwargs["kv_indptr"].data_ptr() in null.records[0].pointers
+    assert lists <= set(null.records[1].pointers)
+    assert null.records[1].grid == (work["work_indptr"].shape[0] - 1, 1, 1)
+    assert mla_jit.last_dispatch().variant == "decode_persistent_triton"
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("changes", [{}, {"block_n": 32, "tma": False}, {"waves": 2}, {"fold": True, "overhead": 10}])
+def test_aiter_schedule_suits_any_config(heads: int, changes: dict[str, Any]) -> None:
+    """What the call may be tuned to changes nothing that the schedule was made with."""
+    where, fields = target.by_name("sm_90"), {"num_heads": heads, "batch": 7, "scheduler": "persistent"}
+    p = mla_jit.DecodeProblem(**fields, planned=True, groups=50)
+    config = persistent.default(p, where)
+    changed = config.replace(**changes)
+    assert persistent.rejects(p, where, changed) is None
+    assert persistent.lists(p, where, changed) == persistent.lists(p, where, config)
+    blocks = -(-heads // config.int("block_m"))
+    walk = next(one for one in persistent.launches(p, where, changed) if one.kernel == 0)
+    assert walk.grid == (50 * blocks, 1, 1)
+
+
+def test_aiter_schedule_of_another_call_is_refused(null: NullRuntime) -> None:
+    call = scheduled_call()
+    work = work_buffers(call)
+    get_mla_metadata_v1(**metadata_arguments(call, work))
+    other = scheduled_call(batch=2)
+    with pytest.raises(InvalidInput, match="made for 3 sequences and page size 64, the call has 2 and 64"):
+        mla_decode_fwd(**aiter_arguments(other), **work)
+    with pytest.raises(InvalidInput, match="made for 3 sequences and page size 64, the call has 3 and 128"):
+        mla_decode_fwd(**aiter_arguments(scheduled_call(page=128)), **work)
+    with pytest.raises(InvalidInput, match="made for fewer heads or query tokens than the call's 16 and 2"):
+        mla_decode_fwd(**aiter_arguments(scheduled_call(q_len=2)), **work)
+    elsewhere = {name: t.clone() for name, t in work.items()}
+    with pytest.raises(InvalidInput, match=r"was not filled by mla_jit\.compat\.aiter\.get_mla_metadata_v1"):
+        mla_decode_fwd(**aiter_arguments(call), **elsewhere)
+    assert len(null.records) == 1
+    mla_decode_fwd(**aiter_arguments(scheduled_call()), **work)  # other tensors of the same sizes
+    assert len(null.records) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"topk": 2048}, "topk 2048: sparse attention"),
+        ({"max_seqlen_qo": -1, "uni_seqlen_qo": -1}, "max_seqlen_qo and uni_seqlen_qo are unknown"),
+        ({"dtype_q_nope": torch.float8_e4m3fn}, "dtype_q_nope torch.float8_e4m3fn and dtype_q_rope torch.bfloat16"),
+        ({"dtype_kv": torch.int8}, "the dtype of kv, torch.int8, is not supported"),
+        ({"kv_last_page_lens": None}, "page_size 64 needs kv_last_page_lens"),
+        ({"seqlens_kv_indptr": torch.zeros(3, dtype=torch.int32)}, r"seqlens_kv_indptr is torch.int32 \(3,\)"),
+        ({"work_info_set": torch.zeros(9, 4, dtype=torch.int32)}, r"work_info_set is torch.int32 \(9, 4\)"),
+        ({"work_info_set": torch.zeros(400, 8, dtype=torch.int32)}, r"work_info_set is torch.int32 \(400, 8\)"),
+        ({"reduce_final_map": torch.zeros(3, 3)}, "reduce_final_map is torch.float32"),
+        ({"reduce_partial_map": torch.zeros(2, dtype=torch.int32)}, "reduce_partial_map is torch.int32"),
+        ({"max_seqlen_qo": 40}, "reduce_partial_map is torch.int32"),
+    ],
+)
+def test_aiter_schedule_refuses_with_the_reason(null: NullRuntime, changes: dict[str, Any], reason: str) -> None:
+    call = scheduled_call()
+    with pytest.raises(InvalidInput, match=reason):
+        get_mla_metadata_v1(**{**metadata_arguments(call, work_buffers(call)), **changes})
+    assert null.records == []
+    with pytest.raises(InvalidInput, match="sparse"):
+        get_mla_metadata_info_v1(3, 1, 16, torch.bfloat16, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("case", AITER_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("modes", [{}, {"intra_batch_mode": True, "max_split_per_batch": 2}])
+def test_aiter_decode_by_a_schedule(case: Case, modes: dict[str, Any]) -> None:
+    call = cases.build(case)
+    work = work_buffers(call)
+    get_mla_metadata_v1(**metadata_arguments(call, work, **modes))
+    arguments = aiter_arguments(call)
+    _, lse = mla_decode_fwd(**arguments, **work, return_lse=True)
+    cases.check(call, arguments["o"], lse)
 
 
 @pytest.mark.parametrize("case", AITER_CASES, ids=lambda case: case.id)
@@ -144,8 +304,11 @@ def test_aiter_context_parallel(rank: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"work_meta_data": torch.zeros(4)}, "work_meta_data: persistent scheduling"),
-        ({"reduce_indptr": torch.zeros(4), "work_indptr": torch.zeros(4)}, "work_indptr, reduce_indptr"),
+        (
+            {"work_meta_data": torch.zeros(4)},
+            "work_indptr, work_info_set, .* missing beside work_meta_data: pass all six",
+        ),
+        ({name: torch.zeros(4) for name in WORK}, "was not filled by mla_jit.compat.aiter.get_mla_metadata_v1"),
         ({"return_logits": True}, "return_logits"),
         ({"page_size": 2}, "page_size 2"),
         ({"nhead_kv": 4}, "nhead_kv 4"),

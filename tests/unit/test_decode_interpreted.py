@@ -50,6 +50,16 @@ RUNS = {
         "tma=true",
         "overhead=2",
     ),
+    "persistent, folded": ("--variant=decode_persistent_triton", "--target=sm_80", "fold=true"),
+    "persistent, folded, wide rows": (
+        "--variant=decode_persistent_triton",
+        "--target=sm_90",
+        "--part=2/3",
+        "block_n=16",
+        "block_m=64",
+        "tma=true",
+        "fold=true",
+    ),
 }
 
 

@@ -205,6 +205,35 @@ def test_the_journal_goes_by_the_file_system(db, monkeypatch, network, mode):
 # ----------------------------------------------------------------------------------------------------------- versions
 
 
+def test_rows_of_version_2_are_of_log_uniform_lengths(db, monkeypatch):
+    """As they were timed; a list, where the caller brought one, was for as many groups as the config says."""
+    names = [name for name in store._COLUMNS if name not in ("mix", "groups")]
+    ragged = trial(12.0, total_kv=8 * 512)
+    record = dict(zip(store._COLUMNS, store._record(ragged), strict=True))
+    with monkeypatch.context() as older:
+        older.setattr(store, "MIGRATIONS", store.MIGRATIONS[:2])
+        Store(db).close()
+    columns = ", ".join(["content", "variant", *names])
+    values = ["x", ragged.variant, *(record[name] for name in names)]
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.execute(f"INSERT INTO trials ({columns}) VALUES ({', '.join('?' * len(values))})", values)
+        connection.commit()
+    with Store(db) as s:
+        assert list(s.trials()) == list(s.best()) == [ragged]
+        assert ragged.problem.mix == "log-uniform"
+        uniform = trial(13.0, total_kv=8 * 512, mix="uniform")
+        s.add([uniform])
+        assert list(s.trials(mix="uniform")) == [uniform]
+        assert len(list(s.best())) == 2  # problems of their own
+
+
+def test_shipped_rows_say_nothing_of_the_mix_that_all_had():
+    assert '"mix"' not in trial(12.0, total_kv=8 * 512).to_json()
+    line = trial(12.0, total_kv=8 * 512, mix="one-long").to_json()
+    assert '"mix": "one-long"' in line
+    assert Trial.from_json(line).problem.mix == "one-long"
+
+
 def test_migration_of_an_older_version(db, monkeypatch):
     with Store(db) as s:
         s.add([trial(), FULL])
@@ -607,6 +636,28 @@ def test_mean_lengths_and_wishes_for_splits(db):
     ship([trial(1.0, c=config(3), num_kv_splits=4), trial(10.0, c=config(1))])
     assert (look(num_kv_splits=4).config, look(num_kv_splits=4).provenance) == (config(3), "measured")
     assert look(num_kv_splits=5).config == look().config == config(1)  # timed under another wish says nothing
+
+
+def test_the_mix_is_told_by_the_hints_alone(db):
+    """A call does not know its mix: the row whose mean length is the nearest answers, the default mix among equals."""
+    ship([
+        trial(10.0, c=config(1), total_kv=8 * 512), trial(11.0, c=config(2), total_kv=8 * 2048, mix="uniform"),
+        trial(9.0, c=config(3), total_kv=8 * 512, mix="one-long"),
+    ])  # fmt: skip
+    assert (look(total_kv=8 * 512).config, look(total_kv=8 * 512).provenance) == (config(1), "measured")
+    found = look(total_kv=8 * 2048)
+    assert (found.config, found.provenance) == (config(2), "neighbour")
+    assert "mix uniform for log-uniform" in found.why
+    assert look(total_kv=8 * 512, mix="one-long").config == config(3)
+
+
+def test_without_hints_the_worst_case_is_over_the_mixes_too(db):
+    mixes = {"log-uniform": {1: 10.0, 2: 12.0, 3: 20.0}, "one-long": {1: 30.0, 2: 12.0, 3: 10.0}}
+    ship([
+        trial(us, c=config(n), total_kv=8 * 512, mix=mix) for mix, times in mixes.items() for n, us in times.items()
+    ])  # fmt: skip
+    found = look(max_kv_len=131072, hinted=False)
+    assert (found.config, found.provenance) == (config(2), "measured")
 
 
 def test_predicted_rows_come_after_every_measured_one(db):

@@ -17,8 +17,9 @@ from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.errors import CompilerAborted, InvalidInput
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import builds, store, sweep
+from mla_jit.tuning import builds, search, store, sweep
 from mla_jit.tuning.rows import Measurement
+from mla_jit.tuning.stand import timed_lengths
 
 CPU = target.targets()["cpu"]
 HOPPER = target.targets()["sm_90"]
@@ -243,6 +244,37 @@ def test_what_is_best_for_a_like_shape_takes_part(database: store.Store) -> None
     assert [config for _, problem, config in bench.asked if problem == second][1] == good
 
 
+def test_each_mix_of_lengths_is_a_shape() -> None:
+    mixes = ["log-uniform", "uniform", "one-long"]
+
+    def made(lengths: list[str], batches: list[int]) -> list[DecodeProblem]:
+        return sweep.shapes(
+            [(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=batches, kv_lens=[128, 32768], lengths=lengths
+        )
+
+    found = made(mixes, [1, 64])
+    assert [(p.batch, p.max_kv_len, p.total_kv, p.mix) for p in found] == [
+        (64, 32768, 524288, "log-uniform"), (64, 32768, 1048576, "uniform"), (64, 32768, 65536, "one-long"),
+    ]  # fmt: skip
+    assert made(["ragged"], [64]) == found[:1]
+    for problem in found:
+        lens = timed_lengths(problem)
+        assert len(lens) == 64
+        assert 0.97 <= sum(lens) / (problem.total_kv or 0) <= 1.0
+    # of two sequences, one long and one short have, as a call rounds them, as many tokens as two long ones
+    assert [p.mix for p in made(mixes, [2])] == ["log-uniform", "uniform"]
+
+
+def test_both_schedulers_compete_where_lengths_are_uneven() -> None:
+    for mix in ("log-uniform", "uniform", "one-long"):
+        (problem,) = sweep.shapes(
+            [(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[64], kv_lens=[32768], lengths=[mix]
+        )
+        begun = search.first(problem, HOPPER, sweep.candidates(problem, HOPPER))
+        variants = {config.variant for config in begun}
+        assert {"decode_splitk_triton", "decode_persistent_triton"} <= variants
+
+
 def test_ragged_shapes_are_told_by_the_total(database: store.Store) -> None:
     found = sweep.shapes(
         [(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[1, 64], kv_lens=[128, 32768], lengths=["even", "ragged"]
@@ -250,7 +282,7 @@ def test_ragged_shapes_are_told_by_the_total(database: store.Store) -> None:
     assert [(p.batch, p.max_kv_len, p.total_kv) for p in found] == [
         (1, 128, None), (1, 32768, None), (64, 128, None), (64, 32768, None), (64, 32768, 524288),
     ]  # fmt: skip
-    with pytest.raises(InvalidInput, match="even or ragged"):
+    with pytest.raises(InvalidInput, match="even, ragged, log-uniform, uniform, one-long"):
         sweep.shapes([(DEEPSEEK, 8)], HOPPER, lengths=["long"])
 
 

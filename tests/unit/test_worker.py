@@ -125,6 +125,23 @@ def test_lengths_meet_the_edges_of_pages_and_the_bound() -> None:
         assert cases == stand.lengths(problem, 1 << 18)
 
 
+def test_timed_lengths_are_mixed_as_the_problem_says() -> None:
+    many = dataclasses.replace(SMALL, batch=64, max_kv_len=4096, total_kv=64 * 2048, mix="uniform")
+    found = sorted(stand.timed_lengths(many))
+    assert (found[0], found[-1], sum(found)) == (32, 4064, 64 * 2048)  # the middles of 64 parts
+    assert {b - a for a, b in itertools.pairwise(found)} == {64}
+    short, long = (sorted(stand.timed_lengths(dataclasses.replace(many, total_kv=64 * n))) for n in (512, 3072))
+    assert (short[0], short[-1], long[0], long[-1]) == (8, 1016, 2064, 4080)
+    assert stand.timed_lengths(many) != found  # in a random order, the same each time
+    assert stand.timed_lengths(many) == stand.timed_lengths(many)
+    one = dataclasses.replace(many, total_kv=4096 + 63 * 128, mix="one-long")
+    assert sorted(stand.timed_lengths(one)) == [128] * 63 + [4096]
+    assert sorted(stand.timed_lengths(dataclasses.replace(one, total_kv=80))) == [1] * 63 + [17]
+    for mix in ("uniform", "one-long"):
+        assert stand.timed_lengths(dataclasses.replace(SMALL, mix=mix)) == [40, 40, 40]
+        assert stand.timed_lengths(dataclasses.replace(SMALL, mix=mix, batch=1, total_kv=20)) == [20]
+
+
 def test_timed_lengths_are_the_bound_or_spread_up_to_it() -> None:
     assert stand.timed_lengths(SMALL) == [40, 40, 40]
     assert stand.timed_lengths(dataclasses.replace(SMALL, total_kv=64)) == [17, 7, 40]

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from mla_jit.ops.decode import worklist
-from mla_jit.ops.decode.worklist import work_list
+from mla_jit.ops.decode.worklist import WorkList, work_list
 from mla_jit.tuning.grids import ragged_lens
 
 ROOT = Path(worklist.__file__).parents[3]
 
 
-def some_batch(rng: random.Random) -> tuple[list[int], int, int, int]:
-    """(tiles, groups, overhead, most pieces) of a batch: padding, one long, all alike, uniform, log-uniform."""
+def some_batch(rng: random.Random) -> tuple[list[int], int, int, int, bool]:
+    """(tiles, groups, overhead, most pieces, even) of a batch: padding, one long, all alike, uniform, log-uniform."""
     batch, kind = rng.randint(1, 80), rng.randrange(5)
     most = rng.choice((1, 3, 20, 500))
     tiles = [
@@ -27,13 +27,16 @@ def some_batch(rng: random.Random) -> tuple[list[int], int, int, int]:
     if kind == 4:
         tiles[rng.randrange(batch)] = 2000
         tiles[batch // 2 :] = [0] * (batch - batch // 2)
-    return tiles, rng.choice((1, 2, 7, 33, 66, 132, 264)), rng.randint(0, 8), rng.choice((2, 3, 16, 1 << 20))
+    groups, most = rng.choice((1, 2, 7, 33, 66, 132, 264)), rng.choice((1, 2, 3, 16, 1 << 20))
+    return tiles, groups, rng.randint(0, 8), most, rng.random() < 0.3
 
 
-def check(tiles: list[int], groups: int, overhead: int, most_pieces: int) -> None:
-    found = work_list(tiles, groups, overhead, most_pieces)
-    assert len(found.info) == len(tiles) + groups
+def check(tiles: list[int], groups: int, overhead: int, most_pieces: int, even: bool) -> None:
+    found = work_list(tiles, groups, overhead, most_pieces, even=even)
+    assert len(found.info) <= len(tiles) + groups  # the room that there is
+    assert len(found.groups) == groups + 1
     assert found.groups[0] == 0
+    assert found.groups[-1] == len(found.info)
     assert list(found.groups) == sorted(found.groups)
     seen: dict[int, list[tuple[int, int, int]]] = {}
     for place, (b, first, last, parts) in enumerate(found.info):
@@ -48,11 +51,40 @@ def check(tiles: list[int], groups: int, overhead: int, most_pieces: int) -> Non
         assert len(pieces) <= most_pieces
         start, count, _ = found.sums[b]
         assert [place for _, _, place in pieces] == list(range(start, start + count))
+    if even:
+        check_even(tiles, groups, most_pieces, seen)
+        return
+    if most_pieces == 1:  # whole sequences, where they begin
+        return
     for a, b in zip(found.groups, found.groups[1:], strict=False):
         pieces_of = [info for info in found.info[a:b] if info[3]]
-        assert sum(last - first for _, first, last, _ in pieces_of) <= found.length
+        tiles_of = sum(last - first for _, first, last, _ in pieces_of)
+        assert 16 * tiles_of < found.length + 16
         begun = sum(overhead for _, first, last, _ in pieces_of if first == 0 < last)
-        assert sum(last - first for _, first, last, _ in pieces_of) + begun <= found.length + overhead
+        assert 16 * (tiles_of + begun) < found.length + 16 * (overhead + 1)
+        assert sum(last == 0 for _, _, last, _ in pieces_of) <= found.length
+
+
+def check_even(tiles: list[int], groups: int, most: int, seen: dict[int, list[tuple[int, int, int]]]) -> None:
+    """As many pieces of each sequence as the groups hold once, none longer than its share; fewer if it is short."""
+    share = max(1, min(most, groups // len(tiles)))
+    for b, n in enumerate(tiles):
+        lengths = [last - first for first, last, _ in seen[b]]
+        assert max(lengths) == -(-n // share)
+        assert len(set(lengths[:-1])) <= 1
+        assert n < share**2 or len(lengths) == share or share * -(-n // share) - n >= -(-n // share)
+
+
+def test_the_modes_are_honoured() -> None:
+    """An example of each by hand: 3 sequences, 8 groups."""
+    assert [parts for _, parts, _ in work_list([8, 8, 100], 8, 0).sums] == [1, 2, 7]
+    assert [parts for _, parts, _ in work_list([8, 8, 100], 8, 0, 3).sums] == [1, 1, 3]
+    assert [parts for _, parts, _ in work_list([8, 8, 100], 8, 0, 1).sums] == [1, 1, 1]
+    even = work_list([8, 1, 100], 8, 0, even=True)
+    assert [parts for _, parts, _ in even.sums] == [2, 1, 2]
+    assert even.info == ((0, 0, 4, 2), (0, 4, 8, 2), (1, 0, 1, 1), (1, 1, 1, 0), (2, 0, 50, 2), (2, 50, 100, 2))
+    assert even.groups == (0, 0, 1, 2, 3, 3, 4, 5, 6)
+    assert [parts for _, parts, _ in work_list([8, 1, 100], 8, 0, 1, even=True).sums] == [1, 1, 1]
 
 
 def test_each_tile_of_ten_thousand_batches_is_in_one_piece() -> None:
@@ -67,10 +99,20 @@ def test_log_uniform_lengths_are_balanced() -> None:
         assert work_list(tiles, groups, 5).imbalance(5) <= 1.10
 
 
+def most_tiles(found: WorkList) -> int:
+    """Of a group."""
+    ends = zip(found.groups, found.groups[1:], strict=False)
+    return max(sum(last - first for _, first, last, parts in found.info[a:b] if parts) for a, b in ends)
+
+
 def test_padding_costs_nearly_nothing() -> None:
+    """Less than one percent, up to 1024 sequences: on the line, and in the tiles of the most loaded group."""
     tiles = [64] * 128
-    padded = work_list(tiles + [0] * 128, 132, 5)
-    assert padded.length <= work_list(tiles, 132, 5).length * 1.02
+    plain = work_list(tiles, 132, 5)
+    for batch in (129, 256, 1024):
+        padded = work_list(tiles + [0] * (batch - 128), 132, 5)
+        assert padded.length <= plain.length * 1.01
+        assert most_tiles(padded) <= most_tiles(plain) + 1
 
 
 KERNEL = """
@@ -84,17 +126,19 @@ sys.path.insert(0, {tests!r})
 from test_worklist import some_batch
 rng = random.Random({seed})
 for _ in range({count}):
-    tiles, groups, overhead, most_pieces = some_batch(rng)
+    tiles, groups, overhead, most_pieces, even = some_batch(rng)
     lens = torch.tensor([max(0, 64 * n - rng.randrange(64)) if n else 0 for n in tiles], dtype=torch.int32)
-    shapes = (groups + 1,), (len(tiles) + groups, 4), (len(tiles), 3)
+    shapes = (groups + 1,), (len(tiles) + groups, 4), (len(tiles), 3), (len(tiles) * 3,)
     made = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
     kernels.schedule[(1,)](
-        lens, None, None, *made, len(tiles), groups, overhead, most_pieces, 0, 1,
-        PAGE=64, BLOCK_N=64, CP=False, HAS_LENS=True, CHUNK=32, STEPS=steps(len(tiles)),
+        lens, None, None, *made, len(tiles), groups, overhead, most_pieces, int(even), 3 * len(tiles), 0, 1,
+        PAGE=64, UNIT=64, CP=False, HAS_LENS=True, CHUNK=32, STEPS=steps(len(tiles)),
     )
-    want = work_list(tiles, groups, overhead, most_pieces)
+    want = work_list(tiles, groups, overhead, most_pieces, even=even)
     assert made[0].tolist() == list(want.groups), (tiles, groups, overhead)
-    assert made[1].tolist() == [list(x) for x in want.info], (tiles, groups, overhead)
+    assert made[1][: len(want.info)].tolist() == [list(x) for x in want.info], (tiles, groups, overhead)
+    assert (made[1][len(want.info) :] == -7).all()
+    assert (made[3] == 0).all()
     assert made[2].tolist() == [list(x) for x in want.sums], (tiles, groups, overhead)
 print("equal")
 """

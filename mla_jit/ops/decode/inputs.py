@@ -154,7 +154,7 @@ def decode_inputs(
     sinks: Tensor | None = None, q_scale: Any = None, kv_scale: Any = None, cp_rank: int = 0, cp_world: int = 1,
     out: Tensor | None = None, lse: Tensor | None = None, out_dtype: Any = None, return_lse: bool = False,
     lse_base: str = "e", num_kv_splits: int | None = None, batch_invariant: bool = False, scheduler: str = "auto",
-    planned: bool = False,
+    planned: bool = False, groups: int | None = None,
 ) -> DecodeInputs:  # fmt: skip
     """Checks a decode call (see `mla_jit.decode` for the arguments) and describes it. Raises InvalidInput."""
     rank = kv_lora_rank
@@ -215,8 +215,8 @@ def decode_inputs(
 
     out_shape = (*q0.shape[:-1], rank)
     _check_outputs(out, lse, out_shape, device)
-    groups = {"q": parts, "kv": buffers} | ({"out": [out]} if out is not None else {})
-    misaligned = tuple(name for name, group in groups.items() if not _aligned(*group))
+    kinds = {"q": parts, "kv": buffers} | ({"out": [out]} if out is not None else {})
+    misaligned = tuple(name for name, group in kinds.items() if not _aligned(*group))
     index64 = tuple(
         n for n, t in (*table.items(), ("qo_indptr", qo_indptr)) if t is not None and str(t.dtype) == "torch.int64"
     )
@@ -228,7 +228,7 @@ def decode_inputs(
         context_parallel=cp_world > 1, misaligned=misaligned, flat_pages=_flat(buffers), index64=index64, batch=batch,
         q_len=q_len, max_kv_len=capacity, hinted=max_kv_len is not None or total_kv is not None,
         total_kv=None if total_kv is None else bucket(total_kv), num_kv_splits=num_kv_splits,
-        batch_invariant=batch_invariant, scheduler=scheduler, planned=planned,
+        batch_invariant=batch_invariant, scheduler=scheduler, planned=planned, groups=groups,
     )  # fmt: skip
 
     rope_q = parts[1] if q_split else q0[..., rank:]

@@ -20,13 +20,16 @@ from mla_jit.target import Target
 NAME = "decode_persistent_triton"
 _MODULE = "mla_jit.ops.decode.triton_persistent"
 _PATH = str(Path(__file__).with_name("triton_persistent.py"))
+UNIT = 64  # tokens of a list's tile: a multiple of every block_n, so that a list does not depend on the config
+_LEAST_M = 16  # the least block_m: a list has counts for as many blocks of rows
 _CHUNK = 256  # sequences, or groups, that `schedule` looks at together
-_MOST_PIECES = 1 << 20  # of a sequence: no bound
+MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
     "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse", "part", "part_lse",
 )  # fmt: skip
-_LISTS = ("groups", "info", "sums")  # the work list, int32 buffers in the workspace
+_LISTS = ("groups", "info", "sums", "arrivals")  # the work list, int32 buffers in the workspace
+_OWN = ("overhead", "waves", "fold")  # tunables that decode_splitk_triton does not have
 _COMBINE_POINTERS = ("qo_indptr", "sinks", "out", "lse", "part", "part_lse")
 _INTS = ("max_q_len", "cp_rank", "cp_world")
 _CONSTANTS = (
@@ -47,24 +50,35 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return "batch_invariant: a work list depends on the whole batch"
     if (p.batch + groups(p, target, config)) * max(p.rows, 1) * p.num_kv_heads >= 2**31:
         return "batch × rows exceeds the largest grid (2^31)"
+    if UNIT % config.int("block_n"):
+        return f"a tile of {config.int('block_n')} tokens does not divide the {UNIT} of a work list's tile"
+    if config["fold"] and target.triton[:1] == ("hip",):
+        return (
+            "fold: this backend's barrier does not wait for the stores of a program's other waves, the count needs it"
+        )
     return splitk._refuses(p, target, _like(config))
 
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton with the same tiles."""
-    values = {k: v for k, v in config.items() if k not in ("overhead", "waves")}
+    values = {k: v for k, v in config.items() if k not in _OWN}
     return Config.of(splitk.NAME, **values, min_tiles=1, num_kv_splits=2, pdl=False)
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
-    """The tiles of decode_splitk_triton; what a piece costs beside its tiles is about five of 64 tokens."""
+    """The tiles of decode_splitk_triton; what a piece costs beside its tiles is about five of a list's."""
     like = splitk.default(p, target)
     kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}
-    return Config.of(NAME, **kept, overhead=5 * 64 // like.int("block_n"), waves=1)
+    return Config.of(NAME, **kept, overhead=5, waves=1, fold=False)
 
 
 def groups(p: DecodeProblem, target: Target, config: Config) -> int:
-    """Among how many groups of programs the work is cut: as many as the device holds, `waves` times over."""
+    """Among how many groups of programs the work is cut: as many as the device holds, `waves` times over.
+
+    A list that the caller brings says it itself: any number is right.
+    """
+    if p.groups is not None:
+        return p.groups
     held = splitk._resident(target, _like(config)) * config.int("waves")
     return max(1, held // splitk._row_blocks(p, config))
 
@@ -88,11 +102,11 @@ def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
     lengths = ("lens", "kv_indptr", "last")
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in lengths if name in absent}
     constants |= {
-        "PAGE": p.page_size, "BLOCK_N": config.int("block_n"), "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "PAGE": p.page_size, "UNIT": UNIT, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
     }  # fmt: skip
     arguments = [(f"{n}_ptr", splitk._pointer(p, target, n), Arg("ptr", n)) for n in lengths if n not in absent]
-    numbers = ("batch", "groups", "overhead", "most_pieces", "cp_rank", "cp_world")
+    numbers = ("batch", "groups", "overhead", "most_pieces", "even", "arrivals", "cp_rank", "cp_world")
     return constants, arguments + _lists(p, _LISTS) + splitk._scalars(numbers)
 
 
@@ -105,7 +119,16 @@ def _walk(p: DecodeProblem, target: Target, config: Config) -> Parts:
     strides = [found[n] for n in (*splitk._STAGE1_STRIDES, *splitk._OUT_STRIDES)]
     scalars = splitk._scalars((*_INTS, *splitk._FLOATS))
     kept = {k: v for k, v in constants.items() if k in _CONSTANTS or v is None}
-    return kept, pointers + _lists(p, ("groups", "info")) + strides + scalars
+    fold = bool(config["fold"])
+    kept |= {"UNIT": UNIT, "LEAST_M": _LEAST_M, "FOLD": fold, "ROWS": _fold_rows(p, config) if fold else 0}
+    kept |= {} if fold else {"sums_ptr": None, "arrivals_ptr": None}
+    return kept, pointers + _lists(p, _LISTS if fold else ("groups", "info")) + strides + scalars
+
+
+def _fold_rows(p: DecodeProblem, config: Config) -> int:
+    """Rows that a program sums at a time: 32 elements a thread of 32, as many again on their way."""
+    held = 1024 * config.int("num_warps") // splitk._pow2(p.kv_lora_rank, 16)
+    return max(1, min(config.int("block_m"), held))
 
 
 def _combine(p: DecodeProblem, target: Target, config: Config) -> Parts:
@@ -124,7 +147,7 @@ def _source(target: Target, function: str, parts: Parts, options: dict[str, Scal
 
 
 def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
-    """What walks the list first, as the kernel that counts; then what makes the list, and the combine."""
+    """What walks the list first, as the kernel that counts; then what makes the list, and the combine, if any."""
     limits = Limits(
         smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=splitk._SPILL_BYTES, require=target.mma
     )
@@ -134,6 +157,8 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     many: dict[str, Scalar] = {"num_warps": 8, "num_stages": 1}
     walk = _source(target, "decode_persistent", _walk(p, target, config), options, limits)
     schedule = _source(target, "schedule", _schedule(p, target, config), many, small)
+    if config["fold"]:
+        return walk, schedule
     return walk, schedule, _source(target, "combine_listed", _combine(p, target, config), few, small)
 
 
@@ -147,22 +172,24 @@ def prepare(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, .
 
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
-    """The list, unless the caller brings it; a program a (block of rows, KV head, group); the combine as elsewhere."""
+    """The list, unless the caller brings it; a program a (block of rows, KV head, group); the combine as elsewhere.
+
+    With `fold` the programs of the second sum what they can, and there is no third.
+    """
     grid = (groups(p, target, config) * splitk._row_blocks(p, config), 1, 1)
+    two = (*(() if p.planned else prepare(p, target, config)), Launch(0, grid, _args(_walk(p, target, config))))
+    if config["fold"]:
+        return two
     _, heads, columns = splitk._combine_tile(p, _like(config))
     sums = (max(1, -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch), 1, 1)
-    return (
-        *(() if p.planned else prepare(p, target, config)),
-        Launch(0, grid, _args(_walk(p, target, config))),
-        Launch(2, sums, _args(_combine(p, target, config))),
-    )
+    return *two, Launch(2, sums, _args(_combine(p, target, config)))
 
 
 def numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
     """The numbers that problem, target and config fix and the kernels take at run time."""
     return {
         "batch": p.batch, "groups": groups(p, target, config), "overhead": config.int("overhead"),
-        "most_pieces": _MOST_PIECES, "max_q_len": p.q_len,
+        "most_pieces": MOST_PIECES, "even": 0, "arrivals": p.batch * arrivals(p), "max_q_len": p.q_len,
     }  # fmt: skip
 
 
@@ -179,7 +206,14 @@ def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
 def lists(p: DecodeProblem, target: Target, config: Config) -> dict[str, tuple[int, ...]]:
     """The shapes of the work list's buffers, as triton_persistent.py describes them."""
     count = groups(p, target, config)
-    return {"groups": (count + 1,), "info": (p.batch + count, 4), "sums": (p.batch, 3)}
+    return {
+        "groups": (count + 1,), "info": (p.batch + count, 4), "sums": (p.batch, 3), "arrivals": (p.batch, arrivals(p)),
+    }  # fmt: skip
+
+
+def arrivals(p: DecodeProblem) -> int:
+    """Counts of a sequence: one a KV head and block of rows, for the lowest blocks that a config may have."""
+    return p.num_kv_heads * -(-p.rows // _LEAST_M)
 
 
 def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
@@ -204,10 +238,11 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
     **{k: v for k, v in splitk.SPACE.items() if k not in ("min_tiles", "pdl")}, "overhead": (2, 5, 10), "waves": (1, 2),
+    "fold": (False, True),
 }  # fmt: skip
 
 DECODE_PERSISTENT_TRITON = Variant(
-    name=NAME, op="decode", backend="triton", revision=1, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip

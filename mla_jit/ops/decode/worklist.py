@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_FINE = 16  # an empty sequence's part of a tile
+
 
 @dataclass(frozen=True)
 class WorkList:
     """`info`: of each piece (sequence, first tile, last tile, pieces with tiles of its sequence: 0 for nothing to do).
 
     Group g has the pieces groups[g] … groups[g + 1]; sequence b's partials are those of the pieces sums[b][0] …
-    sums[b][0] + sums[b][1], and it begins at sums[b][2] on the line. `length`: of a group, in tiles.
+    sums[b][0] + sums[b][1], and it begins at sums[b][2] on the line. `length`: of a group, in sixteenths of a tile, as
+    places on the line are; 0 where all sequences are cut alike. What stands in `info` behind the last group's pieces is
+    left as it was.
     """
 
     groups: tuple[int, ...]
@@ -25,29 +29,50 @@ class WorkList:
     def imbalance(self, overhead: int) -> float:
         """The cost of the most loaded group over the mean, in tiles and `overhead` a piece."""
         costs = [
-            sum(last - first + (overhead if last > first else 1) for _, first, last, parts in pieces if parts)
+            sum(_FINE * (last - first + overhead) if last > first else 1 for _, first, last, parts in pieces if parts)
             for pieces in (self.info[a:b] for a, b in zip(self.groups, self.groups[1:], strict=False))
         ]
         return max(costs) * len(costs) / max(1, sum(costs))
 
 
-def work_list(tiles: Sequence[int], groups: int, overhead: int, most_pieces: int = 1 << 20) -> WorkList:
+def work_list(
+    tiles: Sequence[int], groups: int, overhead: int, most_pieces: int = 1 << 20, *, even: bool = False
+) -> WorkList:
     """The list for sequences of so many tiles, cut among so many groups; overhead in tiles a piece.
 
-    No sequence is cut into more than most_pieces, at least 2.
+    No sequence is cut into more than most_pieces. `even`: all into the same number, as many as the groups hold once.
     """
-    costs = [n + overhead if n else 1 for n in tiles]
+    return _even(tiles, groups, most_pieces) if even else _line(tiles, groups, overhead, most_pieces)
+
+
+def _even(tiles: Sequence[int], groups: int, most_pieces: int) -> WorkList:
+    share = max(1, min(groups // len(tiles), most_pieces))
+    info, sums = [], []
+    for b, n in enumerate(tiles):
+        each = max(1, -(-n // share))
+        parts = max(1, -(-n // each))
+        sums.append((b * share, parts, b * share))
+        for k in range(share):
+            info.append((b, min(k * each, n), min((k + 1) * each, n), parts if k < parts else 0))
+    starts = [g * len(info) // groups for g in range(groups + 1)]
+    return WorkList(tuple(starts), tuple(info), tuple(sums), 0)
+
+
+def _line(tiles: Sequence[int], groups: int, overhead: int, most_pieces: int) -> WorkList:
+    uncut = most_pieces < 2
+    costs = [_FINE * (n + overhead) if n else 1 for n in tiles]
     starts = [0]
     for cost in costs:
         starts.append(starts[-1] + cost)
-    length = max(-(-starts[-1] // groups), -(-max(tiles, default=0) // (most_pieces - 1)), 1)
+    longest = 0 if uncut else -(-_FINE * max(tiles, default=0) // (most_pieces - 1))
+    length = max(-(-starts[-1] // groups), longest, _FINE)
     info: list[tuple[int, int, int, int]] = [(-1, 0, 0, 0)] * (len(tiles) + groups)
     sums = []
     for b, n in enumerate(tiles):
-        group, kept = starts[b] // length, starts[b] + (overhead if n else 0)
-        first = kept // length
-        parts = (kept + n - 1) // length - first + 1 if n else 1
-        last = max(0, min((group + 1) * length - kept, n))
+        group, kept = starts[b] // length, starts[b] + (_FINE * overhead if n else 0)
+        first = group if uncut else kept // length
+        parts = 1 if uncut or not n else (kept + _FINE * (n - 1)) // length - first + 1
+        last = n if uncut else max(0, min(-(-((group + 1) * length - kept) // _FINE), n))
         info[b + group + 1] = (b, 0, last, parts if n == 0 or last else 0)
         sums.append((b + first + 1, parts, starts[b]))
     places = []
@@ -56,9 +81,13 @@ def work_list(tiles: Sequence[int], groups: int, overhead: int, most_pieces: int
         before = sum(start < begin for start in starts[:-1])
         b = max((b for b in range(len(tiles)) if starts[b] <= begin), default=-1)
         start, n = (starts[b], tiles[b]) if b >= 0 else (-1, 0)
-        kept = start + (overhead if n else 0)
-        first, last = (max(0, min(end - kept, n)) for end in (begin, begin + length))
-        parts = (kept + n - 1) // length - kept // length + 1 if last > first and start < begin else 0
+        kept = start + (_FINE * overhead if n else 0)
+        first, last = (max(0, min(-(-(end - kept) // _FINE), n)) for end in (begin, begin + length))
+        parts = (
+            (kept + _FINE * (n - 1)) // length - kept // length + 1
+            if last > first and start < begin and not uncut
+            else 0
+        )
         places.append(g + before)
         info[g + before] = (b, first, last, parts)
     return WorkList((*places, len(info)), tuple(info), tuple(sums), length)
