@@ -16,7 +16,7 @@ _HOMES = {
     "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
     "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api", "autotune": "tuning.auto",
     "decode_metadata": "api", "decode_metadata_info": "api", "DecodeMetadata": "api",
-    "prefill": "api_prefill",
+    "prefill": "api_prefill", "prefill_paged": "api_prefill", "merge_state": "api_prefill",
     "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "PrefillProblem": "problem",
     "Problem": "problem",
     "Config": "config", "Settings": "settings", "configure": "settings", "errors": "", "compat": "",
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from mla_jit.api import reload as reload
     from mla_jit.api import supports as supports
     from mla_jit.api import warmup as warmup
+    from mla_jit.api_prefill import merge_state as merge_state
     from mla_jit.api_prefill import prefill as prefill
+    from mla_jit.api_prefill import prefill_paged as prefill_paged
     from mla_jit.config import Config as Config
     from mla_jit.plan import Dispatch as Dispatch
     from mla_jit.plan import Support as Support

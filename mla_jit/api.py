@@ -16,10 +16,10 @@ from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
 from mla_jit.launch.base import Bound
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
-from mla_jit.ops.prefill.inputs import PrefillInputs
-from mla_jit.plan import PROBLEMS, Dispatch, Executable, Support
+from mla_jit.plan import Dispatch, Executable, Support
 from mla_jit.problem import DecodeProblem, PrefillProblem, Problem
 from mla_jit.target import Target
+from mla_jit.tuning.rows import PROBLEMS
 
 _OPERANDS = (
     "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
@@ -233,12 +233,13 @@ def _out_key(t: Tensor | None) -> Any:
 
 def _resolve(
     key: tuple[Any, ...],
-    inputs: DecodeInputs | PrefillInputs,
+    inputs: Any,
     metadata: DecodeMetadata | None = None,
     place: Callable[[str, int, Any, Executable], tuple[int, int]] | None = None,
 ) -> _Call:
     """The cold path: problem, target, executable, binding; remembered under the call's signature.
 
+    inputs: the checked call of an op, as its inputs.py describes it.
     place: where an operand of this op is found among the call's; `_place` if absent.
     """
     problem, device = inputs.problem, inputs.device
@@ -250,7 +251,7 @@ def _resolve(
     if metadata is not None:
         _check_metadata(metadata, executable, device)
     out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
-    empty = 0 in (*inputs.out_shape, problem.batch, problem.q_len)
+    empty = 0 in inputs.out_shape or 0 in (getattr(problem, "batch", 1), getattr(problem, "q_len", 1))
     bound: Bound | None = None
     spec: tuple[tuple[int, int], ...] = ()
     floats: tuple[float, ...] = ()
@@ -263,7 +264,7 @@ def _resolve(
     call = _Call(
         bound, spec, floats, inputs.out_shape, _contiguous(inputs.out_shape), _contiguous(inputs.out_shape[:-1]),
         out_dtype,
-        problem.lse, 0 if empty else executable.workspace_bytes, index, _allocator(device),
+        getattr(problem, "lse", True), 0 if empty else executable.workspace_bytes, index, _allocator(device),
         torch._C._cuda_getCurrentRawStream if on_gpu else lambda _: 0,
         torch._C._cuda_isCurrentStreamCapturing if on_gpu else lambda: False, executable.dispatch, executable,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The public functions of the prompt phase: `prefill`, `prefill_paged` and `merge_state`. See api.py for the warm path."""
+"""The public functions of the prompt phase: `prefill`, `prefill_paged`, `merge_state`. Their warm path is api.py's."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mla_jit import api
+from mla_jit import api, target
 from mla_jit.errors import InvalidInput
+from mla_jit.ops.merge.inputs import merge_inputs
 from mla_jit.ops.prefill.inputs import PrefillInputs, prefill_inputs
 from mla_jit.plan import Executable
 
@@ -120,3 +121,86 @@ def _place(name: str, offset: int, inputs: PrefillInputs, executable: Executable
     if name in executable.offsets:
         return _WORKSPACE, executable.offsets[name] + offset
     return _OPERANDS.index(name), offset
+
+
+def prefill_paged(
+    q: Tensor | tuple[Tensor, Tensor], kv_cache: Tensor | tuple[Tensor, Tensor], *, kv_lora_rank: int, sm_scale: float,
+    **arguments: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """A chunk of a prompt over the paged latent cache, in absorbed form: `decode` for a q of any length.
+
+    Takes the arguments of `mla_jit.decode`, mostly `qo_indptr` and `max_q_len`, and returns and raises as it does; the
+    chunk's own tokens are in the cache already, and the last query sees all of it. It is `decode`'s kernels that run:
+    they serve any q_len. But where the queries alone fill the device no sequence is cut (num_kv_splits 1, unless it is
+    given), for cutting would need fp32 partials of all rows: q_len · H · kv_lora_rank · 4 bytes a piece.
+
+    A key costs (2 · 512 + 64) · 2 FLOPs here and (192 + 128) · 2 in `prefill`; so long prompts are better projected up,
+    and merged with what this gives for a prefix (`merge_state`) where that is not worth it.
+    """
+    first = q[0] if isinstance(q, (tuple, list)) else q
+    wishes = ("num_kv_splits", "batch_invariant", "metadata")
+    plain = not any(arguments.get(name) for name in wishes) and arguments.get("scheduler", "auto") == "auto"
+    if plain and not torch.compiler.is_compiling():
+        where = target.of_device(first.device.type, first.device.index or 0)
+        if first.shape[:-1].numel() >= _ROWS * where.sms:
+            arguments["num_kv_splits"] = 1
+    return api.decode(q, kv_cache, kv_lora_rank=kv_lora_rank, sm_scale=sm_scale, **arguments)
+
+
+_ROWS = 64  # of decode's tallest block
+_STATES = ("a", "lse_a", "b", "lse_b", "out", "lse")  # the operands of a merge
+
+
+def _place_state(name: str, offset: int, inputs: Any, executable: Executable) -> tuple[int, int]:
+    return _STATES.index(name), offset
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, *, out: Tensor | None = None, lse: Tensor | None = None,
+    lse_base: str = "e",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The attention over the keys of two states together: of a prompt's chunk and its prefix, or of two ranks.
+
+    out = (e^lse_a · out_a + e^lse_b · out_b) / (e^lse_a + e^lse_b), lse = log(e^lse_a + e^lse_b), computed in fp32.
+
+    Args:
+        out_a, out_b: [T, H, D], bf16, fp16 or fp32, each its own, free strides but for the last dimension.
+        lse_a, lse_b: fp32 [T, H]. -inf says that a row saw no key: then its output does not count, whatever it holds
+            (+inf, as FlashMLA says it, is taken for -inf). Where both are, the result is 0 and -inf.
+        out, lse: where to write; out_a, lse_a, out_b and lse_b are allowed. Allocated if absent, `out` in out_a's
+            dtype.
+        lse_base: "e" or "2", of all three LSEs.
+
+    Returns:
+        (out, lse).
+
+    Raises:
+        InvalidInput before any launch; NoVariant; CompileError; CacheMiss in strict mode or under graph capture.
+    """
+    if torch.compiler.is_compiling():
+        from mla_jit import torch_ops
+
+        return torch_ops.traced_merge_state(out_a, lse_a, out_b, lse_b, out=out, lse=lse, lse_base=lse_base)
+    try:
+        states = (out_a, lse_a, out_b, lse_b)
+        given = None if out is None else api._out_key(out), None if lse is None else api._out_key(lse)
+        key = "merge", *map(api._out_key, states), *given, lse_base
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidInput(f"outputs and LSEs must be tensors: {error}") from error
+    call = api._calls.get(key)
+    if call is None:
+        inputs = merge_inputs(out_a, lse_a, out_b, lse_b, out=out, lse=lse, lse_base=lse_base)
+        call = api._resolve(key, inputs, place=_place_state)
+    if out is None:
+        out = call.allocate(call.out_shape, call.out_strides, call.out_dtype)
+    if lse is None:
+        lse = call.allocate(call.out_shape[:-1], call.lse_strides, torch.float32)
+    api._last = call.dispatch
+    if call.bound is not None:
+        operands = (*states, out, lse)
+        pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
+        call.bound.run(pointers, call.floats, call.stream_of(call.device))
+    elif (host := call.executable.variant.host) is not None and out.numel():
+        inputs = merge_inputs(out_a, lse_a, out_b, lse_b, out=out, lse=lse, lse_base=lse_base)
+        host(call.executable.problem, call.executable.config, inputs)
+    return out, lse

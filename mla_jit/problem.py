@@ -26,7 +26,7 @@ def bucket(n: int) -> int:
 
 
 def rounded(n: int) -> int:
-    """The least multiple of an eighth of an octave not less than n: finer than `bucket`, for what a grid's size follows."""
+    """The least multiple of an eighth of an octave not less than n: finer than `bucket`, for the size of a grid."""
     return -(-n // step) * step if (step := bucket(n) // 16) > 1 else n
 
 
@@ -40,10 +40,11 @@ class Problem:
     """Base of every op's problem; `op` names the op, `fields()` its columns.
 
     HARD: fields in which a row of the tuning database must be equal to say anything of a problem; SOFT: in which it had
-    better be. The sizes are in neither.
+    better be. The sizes are in neither. TUNED: whether it has rows there.
     """
 
     op: str = ""
+    TUNED: ClassVar[bool] = True
     HARD: ClassVar[tuple[str, ...]] = ("op",)
     SOFT: ClassVar[tuple[str, ...]] = ()
 
@@ -245,3 +246,32 @@ class PrefillProblem(Problem):
             f"{self.q_dtype}×{self.kv_dtype}{', causal' if self.causal else ''}, batch {self.batch}, "
             f"q_len<={self.q_len} of {self.total_q}, kv<={self.max_kv_len} of {self.total_kv}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeProblem(Problem):
+    """The merge of two attention states: outputs [tokens, num_heads, dim] and their LSEs. tokens: a bound.
+
+    misaligned: of "a", "b" and "out", those whose base or strides are not multiples of 16 bytes.
+    """
+
+    op: str = "merge"
+    TUNED: ClassVar[bool] = False
+    num_heads: int
+    dim: int
+    a_dtype: str = "bf16"
+    b_dtype: str = "bf16"
+    out_dtype: str = "bf16"
+    misaligned: tuple[str, ...] = ()
+    tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "dim", "tokens"):
+            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be >= 0")
+        for name in ("a_dtype", "b_dtype", "out_dtype"):
+            value = getattr(self, name)
+            _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
+
+    def __str__(self) -> str:
+        types = f"{self.a_dtype} + {self.b_dtype} -> {self.out_dtype}"
+        return f"merge of {self.tokens} tokens × {self.num_heads} heads × {self.dim}, {types}"

@@ -1,9 +1,9 @@
 """Prefill calls to test with: what a call looks like (`Case`), its tensors (`build`), and the judgement (`check`).
 
-As in cases.py each sequence has *needles*, keys that carry a softmax weight of 0.9 and more for the query rows that look
-for them: at the first and the last key, on both sides of tile edges, and at causal boundaries, where a third of the rows
-look for the last key that they may see and a third for the first that they may not. Rows of q, k and v that belong to no
-sequence are NaN, before the first, between, and after the last sequence; so are outputs.
+As in cases.py each sequence has *needles*, keys that carry a softmax weight of 0.9 and more for the query rows that
+look for them: at the first and the last key, on both sides of tile edges, and at causal boundaries, where a third of
+the rows look for the last key that they may see and a third for the first that they may not. Rows of q, k and v that
+belong to no sequence, before the first and behind the last one, are NaN; so are outputs.
 """
 
 from __future__ import annotations
@@ -204,7 +204,9 @@ def check(call: Call, out: Tensor, lse: Tensor | None = None) -> Figures:
     error = torch.where(empty, torch.where((got == 0).all(-1), 0.0, torch.inf), error).nan_to_num(nan=torch.inf)
     at, limit = _worst(error), tolerance(case)
     bad = int((error > limit).sum())
-    assert error[at] <= limit, f"{case.id}: row {at} has rel L2 {error[at]:.3e} > {limit:g}; {bad} rows of {error.numel()}"
+    assert error[at] <= limit, (
+        f"{case.id}: row {at} has rel L2 {error[at]:.3e} > {limit:g}; {bad} rows of {error.numel()}"
+    )
     if lse is None:
         return Figures(float(error[at]), 0.0)
     assert (lse.dtype, lse.shape) == (torch.float32, want_lse.shape), f"{case.id}: lse is {lse.dtype} {lse.shape}"

@@ -12,7 +12,7 @@ import torch
 import mla_jit
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.ops.prefill import blocked_cpu, reference
+from mla_jit.ops.prefill import blocked_cpu
 from mla_jit.ops.prefill.inputs import prefill_inputs
 from mla_jit.target import by_name
 

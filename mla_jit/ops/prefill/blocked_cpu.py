@@ -1,13 +1,14 @@
 """`prefill_blocked_cpu`: FlashAttention-2's loops in PyTorch ops, the host variant of the `cpu` target.
 
-One sequence at a time, in fp32 whatever the dtypes: `heads` KV heads side by side as one batched product, their queries
-(token × heads that share the KV head) in blocks of `block_m` tokens, the keys in tiles of `block_n`, each widened once a
-group of heads. A block walks the tiles that one of its queries sees, with an online softmax; only tiles that the causal
-diagonal crosses are masked. torch is imported by the first call, not with the row.
+One sequence at a time, in fp32 whatever the dtypes: `heads` KV heads side by side as one batched product, their
+queries (token × heads that share the KV head) in blocks of `block_m` tokens, the keys in tiles of `block_n`, each
+widened once a group of heads. A block walks the tiles that one of its queries sees, with an online softmax; only tiles
+that the causal diagonal crosses are masked. torch is imported by the first call, not with the row.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from mla_jit.config import Config
@@ -73,7 +74,7 @@ def _run(p: PrefillProblem, config: Config, inputs: PrefillInputs) -> None:
     qk_scale, v_scale = floats["qk_scale"] * scales[0] * scales[1], floats["v_scale"] * scales[2]
     firsts = list(zip(t["qo_indptr"].tolist(), t["kv_indptr"].tolist(), strict=True))
     block_m, ratio = config.int("block_m"), p.gqa_ratio
-    for (q0, k0), (q1, k1) in zip(firsts, firsts[1:], strict=False):
+    for (q0, k0), (q1, k1) in itertools.pairwise(firsts):
         kv_len = k1 - k0
         own = torch.arange(1, q1 - q0 + 1, device=inputs.device) + kv_len - (q1 - q0)  # the first key past each query
         ends = own.clamp(0, kv_len) if p.causal else torch.full_like(own, kv_len)

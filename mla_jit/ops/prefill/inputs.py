@@ -12,9 +12,16 @@ from typing import Any
 from mla_jit import dtypes
 from mla_jit.launch.base import Binding, Number, TensorView
 from mla_jit.ops.decode.inputs import (
-    LN2, _aligned, _check, _check_outputs, _dtype, _index, _last_stride, _scale,
+    LN2,
+    _aligned,
+    _check,
+    _check_outputs,
+    _dtype,
+    _index,
+    _last_stride,
+    _scale,
 )  # fmt: skip
-from mla_jit.problem import PrefillProblem, bucket, rounded
+from mla_jit.problem import ALIGNMENT, PrefillProblem, bucket, rounded
 
 Tensor = Any
 
@@ -79,11 +86,15 @@ def prefill_inputs(
     factors = {n: _scale(n, s, device) for n, s in (("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale))}
     _check_outputs(out, lse, out_shape, device)
     operands = {"q": q, "k": k, "v": v} | ({"out": out} if out is not None else {})
+    misaligned = [name for name, t in operands.items() if not _aligned(t)]
+    if out is None and v_dim % ALIGNMENT:  # what is allocated
+        misaligned.append("out")
     problem = PrefillProblem(
         num_heads=heads, num_kv_heads=kv_heads, qk_dim=qk_dim, v_dim=v_dim, q_dtype=q_dtype, kv_dtype=kv_dtype,
         out_dtype=_out_dtype(q_dtype, out, out_dtype), causal=causal, soft_cap=logit_cap > 0,
-        lse=return_lse or lse is not None, **{name: tensor is not None for name, (_, tensor) in factors.items()},
-        misaligned=tuple(name for name, t in operands.items() if not _aligned(t)), token_major=_token_major(k, v),
+        lse=return_lse or lse is not None, q_scale=factors["q_scale"][1] is not None,
+        k_scale=factors["k_scale"][1] is not None, v_scale=factors["v_scale"][1] is not None,
+        misaligned=tuple(misaligned), token_major=_token_major(k, v),
         index64=tuple(
             n for n, t in (("qo_indptr", qo_indptr), ("kv_indptr", kv_indptr)) if str(t.dtype) == "torch.int64"
         ),
@@ -134,6 +145,4 @@ def _out_dtype(q_dtype: str, out: Tensor | None, out_dtype: Any) -> str:
 
 def _token_major(*tensors: Tensor) -> bool:
     """Whether all heads of a token lie within its row, as a two-dimensional tensor map needs."""
-    return all(
-        (t.shape[1] - 1) * t.stride(1) + t.shape[2] <= t.stride(0) for t in tensors if t.shape[0] and t.shape[1]
-    )
+    return all((t.shape[1] - 1) * t.stride(1) + t.shape[2] <= t.stride(0) for t in tensors if t.shape[0] and t.shape[1])

@@ -6,6 +6,7 @@ share their mistakes. It touches only rows that belong to a sequence.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -29,7 +30,7 @@ def prefill(
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
     factor = [1.0 if scale is None else float(scale) for scale in (q_scale, k_scale, v_scale)]
     firsts = list(zip(qo_indptr.tolist(), kv_indptr.tolist(), strict=True))
-    for (q0, k0), (q1, k1) in zip(firsts, firsts[1:], strict=False):
+    for (q0, k0), (q1, k1) in itertools.pairwise(firsts):
         if q1 == q0 or k1 == k0:
             continue
         rows = torch.arange(q1 - q0, device=q.device)[:, None]

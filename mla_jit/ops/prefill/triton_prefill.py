@@ -4,11 +4,11 @@ With q [BLOCK_M, D] kept, it walks the keys in tiles of BLOCK_N with an online s
 
     S = q·Kᵀ     P = exp2(S·scale - m)     O = O·alpha + P·V
 
-D is multiplied as MAIN + REST columns, each a power of two (192 = 128 + 64): 256 would be a third of padding. FLOPs of a
-tile: 2·BLOCK_M·BLOCK_N·(D + DV); bytes from L2: BLOCK_N·(D + DV)·sizeof, so BLOCK_M FLOPs a byte in 16 bits.
+D is multiplied as MAIN + REST columns, each a power of two (192 = 128 + 64): 256 would be a fourth of padding. FLOPs of
+a tile: 2·BLOCK_M·BLOCK_N·(D + DV); bytes from L2: BLOCK_N·(D + DV)·sizeof, so BLOCK_M FLOPs a byte in 16 bits.
 Registers: O and S, BLOCK_M·(DV + BLOCK_N) fp32; shared memory: q, and num_stages tiles of K and V.
 
-Query i of a sequence with q_len queries and kv_len keys sees keys j <= kv_len - q_len + i. Its tiles are of three kinds,
+Query i of a sequence with q_len queries and kv_len keys sees keys j <= kv_len - q_len + i. Tiles are of three kinds,
 and only the first, the main loop, is long: those that all rows see whole; those that the causal diagonal crosses, of
 which scores are masked; and the partly filled last one, of which also what is loaded is masked, as the memory behind a
 sequence is another's, or NaN. The masked ones come last: an O that reaches a loop of wgmmas through moves makes ptxas
@@ -26,7 +26,7 @@ from mla_jit.ops.decode.triton_splitk import _convert, _tokens
 
 @triton.jit
 def _rows(ptr, offs, stride_t, MAIN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ok, MASK: tl.constexpr):
-    """[rows, BLOCK] of columns MAIN … MAIN + WIDTH of a tensor's rows; with MASK, rows that are not ok are 0, not read."""
+    """[rows, BLOCK]: columns MAIN … MAIN + WIDTH of a tensor's rows; with MASK, rows not ok are 0 and not read."""
     cols = tl.arange(0, BLOCK)
     p_x = ptr + (offs.to(tl.int64) * stride_t)[:, None] + (MAIN + cols)[None, :]
     if MASK and BLOCK != WIDTH:
