@@ -253,3 +253,67 @@ SMALL: tuple[Case, ...] = (
     Case(**MIXED, scales="float", q_lens=(33, 2)),
     Case(q_dtype="bf16", kv_dtype="fp8_e4m3fnuz", out_dtype="fp32", D=64, DV=64),
 )
+
+BF16: dict[str, Any] = {"q_dtype": "bf16", "kv_dtype": "bf16"}
+FP16: dict[str, Any] = {"q_dtype": "fp16", "kv_dtype": "fp16"}
+MLA: dict[str, Any] = {"D": 192, "DV": 128, **BF16}
+
+# What a kernel is specialised for: one binary or two each.
+_SPECIALISATIONS: tuple[dict[str, Any], ...] = (
+    # dims
+    *({**MLA, "D": d, "DV": dv} for d, dv in ((192, 128), (96, 64), (128, 128), (64, 64), (192, 256), (256, 256))),
+    *({**MLA, "D": d, "DV": dv, "heads": 3, "kv_heads": 3} for d, dv in ((80, 80), (40, 24), (224, 96), (24, 200))),
+    # heads
+    *({**MLA, "heads": n, "kv_heads": n} for n in (1, 5, 16, 40)),
+    *({**MLA, "heads": h, "kv_heads": k} for h, k in ((8, 1), (12, 4), (16, 8))),
+    # dtypes
+    {**MLA, **FP16},
+    {**MLA, **FP16, "D": 96, "DV": 64, "causal": False},
+    {**MLA, **FP8, "scales": "tensor"},
+    {**MLA, **FP8, "scales": "float", "causal": False, "heads": 8, "kv_heads": 2},
+    {**MLA, "q_dtype": "bf16", "kv_dtype": "fp8_e4m3", "scales": "tensor"},
+    {**MLA, **MIXED, "D": 128},
+    {**MLA, "q_dtype": "fp16", "kv_dtype": "fp8_e4m3fnuz", "D": 64, "DV": 64},
+    # the mathematics
+    {**MLA, "causal": False},
+    {**MLA, "cap": 20.0},
+    {**MLA, "cap": 20.0, "causal": False, "D": 96, "DV": 64},
+    {**MLA, "lse_base": "2", "scales": "tensor"},
+    {**MLA, "lse": False, "out_view": "heads"},
+    {**MLA, "out_dtype": "fp32", "out_view": ""},
+    {**MLA, "out_dtype": "fp16"},
+    # how tensors lie
+    {**MLA, "q_view": "odd", "kv_view": "odd", "out_view": "odd"},
+    {**MLA, "q_view": "heads", "kv_view": "heads"},
+    {**MLA, "q_view": "padded", "kv_view": "padded", "out_view": "heads"},
+    {**MLA, "index64": True},
+)
+
+# What it meets at run time. Each specialisation gets some of these.
+_SHAPES: tuple[dict[str, Any], ...] = (
+    {"q_lens": (1000, 129, 1, 64)},
+    {"q_lens": (700, 1, 128, 0, 33), "kv_lens": (1500, 1500, 129, 40, 33), "lead": 7},
+    {"q_lens": (127, 128, 129, 255, 256, 257), "loose": 500},
+    {"q_lens": (300, 200, 50), "kv_lens": (100, 0, 64)},
+    {"q_lens": (2100,), "hint": True},
+    {"q_lens": (65, 3), "kv_lens": (5000, 2047), "lead": 130, "tail": 300},
+    {"q_lens": tuple(37 * i % 190 for i in range(30)), "kv_lens": tuple(91 * i % 700 for i in range(30))},
+)
+
+
+def _gpu() -> tuple[Case, ...]:
+    found = []
+    for i, specialisation in enumerate(_SPECIALISATIONS):
+        for j in range(5):
+            found.append(Case(**{**specialisation, **_SHAPES[(i + j) % len(_SHAPES)]}))
+    return tuple(dict.fromkeys(found))
+
+
+GPU: tuple[Case, ...] = (
+    *_gpu(),
+    Case(**MLA, heads=128, kv_heads=128, q_lens=(300, 40)),
+    Case(**MLA, heads=144, kv_heads=144, q_lens=(140,), kv_lens=(400,)),
+    Case(**MLA, q_lens=(4097,)),
+    Case(**MLA, heads=1, kv_heads=1, q_lens=(16,), kv_lens=(30_000,)),  # few blocks, long keys
+    Case(**MLA, heads=4, kv_heads=4, q_lens=tuple(i * i % 300 for i in range(300))),
+)
