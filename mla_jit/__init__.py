@@ -16,7 +16,9 @@ _HOMES = {
     "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
     "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api", "autotune": "tuning.auto",
     "decode_metadata": "api", "decode_metadata_info": "api", "DecodeMetadata": "api",
-    "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "Problem": "problem",
+    "prefill": "api_prefill", "prefill_paged": "api_prefill", "merge_state": "api_prefill",
+    "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "PrefillProblem": "problem",
+    "Problem": "problem",
     "Config": "config", "Settings": "settings", "configure": "settings", "errors": "", "compat": "",
 }  # fmt: skip
 __all__ = [*_HOMES]  # noqa: PLE0604  the table is the list
@@ -36,10 +38,14 @@ if TYPE_CHECKING:
     from mla_jit.api import reload as reload
     from mla_jit.api import supports as supports
     from mla_jit.api import warmup as warmup
+    from mla_jit.api_prefill import merge_state as merge_state
+    from mla_jit.api_prefill import prefill as prefill
+    from mla_jit.api_prefill import prefill_paged as prefill_paged
     from mla_jit.config import Config as Config
     from mla_jit.plan import Dispatch as Dispatch
     from mla_jit.plan import Support as Support
     from mla_jit.problem import DecodeProblem as DecodeProblem
+    from mla_jit.problem import PrefillProblem as PrefillProblem
     from mla_jit.problem import Problem as Problem
     from mla_jit.settings import Settings as Settings
     from mla_jit.settings import configure as configure
@@ -53,7 +59,7 @@ def __getattr__(name: str) -> Any:
     if not home:
         return importlib.import_module(f"mla_jit.{name}")
     value = getattr(importlib.import_module(f"mla_jit.{home}"), name)
-    if home == "api":
+    if home.startswith("api"):
         importlib.import_module("mla_jit.torch_ops")
     globals()[name] = value
     return value

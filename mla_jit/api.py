@@ -17,8 +17,9 @@ from mla_jit.errors import InvalidInput
 from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.plan import Dispatch, Executable, Support
-from mla_jit.problem import DecodeProblem, Problem
+from mla_jit.problem import DecodeProblem, PrefillProblem, Problem
 from mla_jit.target import Target
+from mla_jit.tuning.rows import PROBLEMS
 
 _OPERANDS = (
     "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
@@ -26,6 +27,9 @@ _OPERANDS = (
 )  # fmt: skip
 _OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
 _MOST = 16384  # call signatures kept
+_SIZE_OF = {  # of the workspace: what says it, by op
+    "decode": "decode_plan(...).workspace_bytes", "prefill": "last_dispatch().workspace_bytes of a like call",
+}  # fmt: skip
 
 
 class DecodeMetadata(NamedTuple):
@@ -236,8 +240,17 @@ def _out_key(t: Tensor | None) -> Any:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() & 15)
 
 
-def _resolve(key: tuple[Any, ...], inputs: DecodeInputs, metadata: DecodeMetadata | None = None) -> _Call:
-    """The cold path: problem, target, executable, binding; remembered under the call's signature."""
+def _resolve(
+    key: tuple[Any, ...],
+    inputs: Any,
+    metadata: DecodeMetadata | None = None,
+    place: Callable[[str, int, Any, Executable], tuple[int, int]] | None = None,
+) -> _Call:
+    """The cold path: problem, target, executable, binding; remembered under the call's signature.
+
+    inputs: the checked call of an op, as its inputs.py describes it.
+    place: where an operand of this op is found among the call's; `_place` if absent.
+    """
     problem, device = inputs.problem, inputs.device
     index = device.index if device.index is not None else 0
     where = target.of_device(device.type, index)
@@ -246,19 +259,20 @@ def _resolve(key: tuple[Any, ...], inputs: DecodeInputs, metadata: DecodeMetadat
     if metadata is not None:
         _check_metadata(metadata, executable, device)
     out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
-    empty = 0 in inputs.out_shape
+    empty = 0 in inputs.out_shape or 0 in (getattr(problem, "batch", 1), getattr(problem, "q_len", 1))
     bound: Bound | None = None
     spec: tuple[tuple[int, int], ...] = ()
     floats: tuple[float, ...] = ()
     if executable.variant.host is None and not empty:
         bound = executable.bind(inputs.binding, index, forbid_load=forbidden)
-        spec = tuple(_place(name, offset, inputs, executable) for name, offset in bound.operands)
+        where_of = _place if place is None else place
+        spec = tuple(where_of(name, offset, inputs, executable) for name, offset in bound.operands)
         floats = tuple(inputs.floats[name] for name in bound.float_names)
     on_gpu = device.type == "cuda"
     call = _Call(
         bound, spec, floats, inputs.out_shape, _contiguous(inputs.out_shape), _contiguous(inputs.out_shape[:-1]),
         out_dtype,
-        problem.lse, 0 if empty else executable.workspace_bytes, index, _allocator(device),
+        getattr(problem, "lse", True), 0 if empty else executable.workspace_bytes, index, _allocator(device),
         torch._C._cuda_getCurrentRawStream if on_gpu else lambda _: 0,
         torch._C._cuda_isCurrentStreamCapturing if on_gpu else lambda: False, executable.dispatch, executable,
     )  # fmt: skip
@@ -318,7 +332,7 @@ def _check_workspace(workspace: Tensor, call: _Call, q: Tensor) -> None:
     ):
         raise InvalidInput(
             f"workspace has {size} bytes on {workspace.device}; this call needs {call.workspace_bytes} contiguous, "
-            f"16-byte aligned, on {q.device} (decode_plan(...).workspace_bytes)"
+            f"16-byte aligned, on {q.device} ({_SIZE_OF[call.executable.problem.op]})"
         )
 
 
@@ -526,7 +540,7 @@ def warmup(problems: Iterable[Problem], device: int | torch.device | None = None
     index, where = _place_of(device)
     done = []
     for problem in problems:
-        if isinstance(problem, DecodeProblem):  # a call may pass max_kv_len or leave it to the table's capacity
+        if isinstance(problem, (DecodeProblem, PrefillProblem)):  # a call may pass max_kv_len or leave it to capacity
             plan.executable_for(dataclasses.replace(problem, hinted=not problem.hinted), where).load(index)
         executable = plan.executable_for(problem, where)
         executable.load(index)
@@ -562,10 +576,11 @@ def load_plan(data: bytes, device: int | torch.device | None = None) -> int:
 def supports(problem: Problem | None = None, *, on: str | Target | None = None, **fields: Any) -> Support:
     """Whether a problem can be served, by which variant, and the reason of each variant that cannot. Compiles nothing.
 
-    problem: a DecodeProblem, or its fields as keywords: `supports(num_heads=12, page_size=7)`.
+    problem: a problem, or its fields as keywords: `supports(num_heads=12, page_size=7)` for decode, with op="prefill"
+        those of a PrefillProblem.
     on: a target's name, as in configs/targets.yaml; this machine's if absent.
     """
-    problem = problem if problem is not None else DecodeProblem(**fields)
+    problem = problem if problem is not None else PROBLEMS[fields.get("op", "decode")](**fields)
     where = on if isinstance(on, Target) else target.by_name(on) if on is not None else target.here()
     return plan.supports(problem, where)
 

@@ -100,7 +100,8 @@ on_miss: Callable[[Problem, Target, Choice], Choice | None] | None = None
 def choose(problem: Problem, target: Target) -> Choice:
     """The choice that a call resolves to: what is `known`, or what `on_miss` gives. Raises NoVariant."""
     choice, ask = known(problem, target), on_miss
-    if ask is None or choice.provenance in MEASURED or (_chosen_alike(problem), target.name) in _installed:
+    known_here = (_chosen_alike(problem), target.name) in _installed
+    if ask is None or not problem.TUNED or choice.provenance in MEASURED or known_here:
         return choice
     return ask(problem, target, choice) or choice
 
@@ -110,6 +111,8 @@ def known(problem: Problem, target: Target) -> Choice:
     if (installed := _installed.get((_chosen_alike(problem), target.name))) is not None:
         return installed
     default = analytic(problem, target)
+    if not problem.TUNED:
+        return default
     rows, legal = _rows(problem, target)
     found = lookup.lookup(
         problem, target, legal, _revisions(rows), _toolchain(), hinted=getattr(problem, "hinted", True)
@@ -151,6 +154,8 @@ def _fitted(
 
 def choices(problem: Problem, target: Target) -> list[Choice]:
     """All that `choose` may give for this kind of problem in any batch and length: the default, and tuned configs."""
+    if not problem.TUNED:
+        return [analytic(problem, target)]
     rows, legal = _rows(problem, target)
     tuned = lookup.configs(problem, target, legal, _revisions(rows), _toolchain())
     found = [

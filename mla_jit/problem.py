@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from mla_jit import dtypes
 from mla_jit.errors import InvalidInput
@@ -17,12 +17,18 @@ from mla_jit.layouts import LAYOUTS
 
 SCHEDULERS = ("auto", "split", "persistent")
 MIXES = ("log-uniform", "uniform", "one-long")  # how uneven lengths may be distributed
+PREFILL_SCHEDULERS = ("auto", "tiles", "persistent")
 ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk copy's base
 
 
 def bucket(n: int) -> int:
     """The least power of two not less than n (0 stays 0): the granularity of sizes that change from call to call."""
     return 1 << (n - 1).bit_length() if n > 1 else n
+
+
+def rounded(n: int) -> int:
+    """The least multiple of an eighth of an octave not less than n: finer than `bucket`, for the size of a grid."""
+    return -(-n // step) * step if (step := bucket(n) // 16) > 1 else n
 
 
 def _check(ok: bool, message: str) -> None:
@@ -32,9 +38,16 @@ def _check(ok: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Base of every op's problem; `op` names the op, `fields()` its columns."""
+    """Base of every op's problem; `op` names the op, `fields()` its columns.
+
+    HARD: fields in which a row of the tuning database must be equal to say anything of a problem; SOFT: in which it had
+    better be. The sizes are in neither. TUNED: whether it has rows there.
+    """
 
     op: str = ""
+    TUNED: ClassVar[bool] = True
+    HARD: ClassVar[tuple[str, ...]] = ("op",)
+    SOFT: ClassVar[tuple[str, ...]] = ()
 
     def fields(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -93,6 +106,14 @@ class DecodeProblem(Problem):
     planned: bool = False
     groups: int | None = None
     mix: str = MIXES[0]
+    HARD: ClassVar[tuple[str, ...]] = (
+        "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "out_dtype", "layout",
+        "context_parallel", "batch_invariant",
+    )  # fmt: skip
+    SOFT: ClassVar[tuple[str, ...]] = (
+        "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale",
+        "kv_scale", "misaligned", "flat_pages", "index64", "scheduler", "planned", "mix",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -147,3 +168,120 @@ class DecodeProblem(Problem):
             f"decode {self.num_heads} heads/{self.num_kv_heads} × {self.kv_lora_rank}+{self.rope_dim}, "
             f"{self.q_dtype}×{self.kv_dtype}, page {self.page_size}, batch {self.batch}, {q}, {length}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillProblem(Problem):
+    """Prefill, un-absorbed: `num_heads` query heads over `num_kv_heads` of K [qk_dim] and V [v_dim], both in full.
+
+    What is computed: qk_dim, v_dim, causal (query i of a sequence sees keys j <= kv_len - q_len + i), soft_cap (a logit
+    cap is given), lse (wanted), q_scale / k_scale / v_scale (given as device tensors; floats are folded in).
+    How it lies in memory: dtypes (K's and V's are one), misaligned (names of operands whose base or strides are not
+    multiples of 16 bytes), token_major (the heads of K and V lie within a token's row, as a bulk copy needs), index64
+    (which indptrs are int64).
+    How large: batch, q_len (a bound of the longest), total_q (rows of q), max_kv_len (a bound: a hint, else all rows of
+    K), total_kv (rows of K), hinted (max_kv_len came from the caller, or there is one sequence alone), scheduler (the
+    caller's wish: "auto", "tiles" or "persistent").
+    """
+
+    op: str = "prefill"
+    num_heads: int
+    num_kv_heads: int
+    qk_dim: int = 192
+    v_dim: int = 128
+    q_dtype: str = "bf16"
+    kv_dtype: str = "bf16"
+    out_dtype: str = "bf16"
+    causal: bool = True
+    soft_cap: bool = False
+    lse: bool = False
+    q_scale: bool = False
+    k_scale: bool = False
+    v_scale: bool = False
+    misaligned: tuple[str, ...] = ()
+    token_major: bool = True
+    index64: tuple[str, ...] = ()
+    batch: int = 1
+    q_len: int = 4096
+    total_q: int = 4096
+    max_kv_len: int = 4096
+    total_kv: int = 4096
+    hinted: bool = False
+    scheduler: str = "auto"
+    HARD: ClassVar[tuple[str, ...]] = ("op", "qk_dim", "v_dim", "q_dtype", "kv_dtype", "out_dtype", "causal")
+    SOFT: ClassVar[tuple[str, ...]] = (
+        "num_kv_heads", "soft_cap", "lse", "q_scale", "k_scale", "v_scale", "misaligned", "token_major", "index64",
+        "total_q", "scheduler",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
+        _check(self.num_kv_heads >= 1, f"num_kv_heads is {self.num_kv_heads}; it must be at least 1")
+        _check(
+            self.num_heads % self.num_kv_heads == 0,
+            f"{self.num_heads} query heads cannot be shared by {self.num_kv_heads} KV heads: not a multiple",
+        )
+        for name in ("qk_dim", "v_dim"):
+            _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("batch", "q_len", "total_q", "max_kv_len", "total_kv"):
+            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be >= 0")
+        for name in ("q_dtype", "kv_dtype", "out_dtype"):
+            value = getattr(self, name)
+            _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
+        _check(
+            self.scheduler in PREFILL_SCHEDULERS,
+            f"scheduler {self.scheduler!r} is unknown; use {', '.join(PREFILL_SCHEDULERS)}",
+        )
+
+    @property
+    def gqa_ratio(self) -> int:
+        """Query heads a KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def pairs(self) -> float:
+        """(query, key) pairs a head that count, for sequences of mean lengths."""
+        if not (self.batch and self.total_q):
+            return 0.0
+        q_len = min(self.q_len, self.total_q / self.batch)
+        kv_len = min(self.max_kv_len, self.total_kv / self.batch)
+        if not self.causal:
+            return self.batch * q_len * kv_len
+        below = kv_len - min(q_len, kv_len)  # keys that all queries see
+        return self.batch * min(q_len, kv_len) * (below + (kv_len - below + 1) / 2)
+
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.num_heads} heads/{self.num_kv_heads} × {self.qk_dim}/{self.v_dim}, "
+            f"{self.q_dtype}×{self.kv_dtype}{', causal' if self.causal else ''}, batch {self.batch}, "
+            f"q_len<={self.q_len} of {self.total_q}, kv<={self.max_kv_len} of {self.total_kv}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeProblem(Problem):
+    """The merge of two attention states: outputs [tokens, num_heads, dim] and their LSEs. tokens: a bound.
+
+    misaligned: of "a", "b" and "out", those whose base or strides are not multiples of 16 bytes.
+    """
+
+    op: str = "merge"
+    TUNED: ClassVar[bool] = False
+    num_heads: int
+    dim: int
+    a_dtype: str = "bf16"
+    b_dtype: str = "bf16"
+    out_dtype: str = "bf16"
+    misaligned: tuple[str, ...] = ()
+    tokens: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "dim", "tokens"):
+            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be >= 0")
+        for name in ("a_dtype", "b_dtype", "out_dtype"):
+            value = getattr(self, name)
+            _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
+
+    def __str__(self) -> str:
+        types = f"{self.a_dtype} + {self.b_dtype} -> {self.out_dtype}"
+        return f"merge of {self.tokens} tokens × {self.num_heads} heads × {self.dim}, {types}"

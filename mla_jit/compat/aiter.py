@@ -1,8 +1,9 @@
 """AITER's spelling: `from aiter.mla import mla_decode_fwd` becomes `from mla_jit.compat.aiter import mla_decode_fwd`.
 
-So for `get_mla_metadata_info_v1` and `get_mla_metadata_v1`, the schedule of persistent decode. All follow AITER v0.1.20
-(August 2026): `mla_decode_fwd` ends in `causal`, `get_mla_metadata_v1` takes `kv_last_page_lens` third and ends in the
-dtypes of the nope and rope parts and their older names; what is called by keyword in 2026 fits.
+So for `mla_prefill_fwd` and its kin, and for `get_mla_metadata_info_v1` and `get_mla_metadata_v1`, the schedule of
+persistent decode. All follow AITER v0.1.20 (August 2026): `mla_decode_fwd` ends in `causal`, `mla_prefill_ps_fwd` in
+`return_lse`, `get_mla_metadata_v1` takes `kv_last_page_lens` third and ends in the dtypes of the nope and rope parts
+and their older names; what is called by keyword in 2026 fits.
 
 A schedule is ours in the caller's six buffers (see ops/decode/triton_persistent.py for what stands in them):
 
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla_jit import DecodeMetadata, DecodeProblem, api, decode, dtypes
+from mla_jit import DecodeMetadata, DecodeProblem, api, decode, dtypes, prefill, prefill_paged
 from mla_jit.errors import InvalidInput
 
 Info = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -302,3 +303,74 @@ def mla_decode_fwd(
         return_lse=return_lse, num_kv_splits=num_kv_splits if metadata is None else None, metadata=metadata,
     )  # fmt: skip
     return result if isinstance(result, tuple) else (result, None)
+
+
+def mla_prefill_fwd(
+    q: Tensor, kv_buffer: Tensor, o: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, kv_indices: Tensor,
+    kv_last_page_lens: Tensor | None, max_seqlen_q: int, sm_scale: float | None = None, logit_cap: float = 0.0,
+    num_kv_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Prefill over the paged latent cache into `o`, causal, as AITER's `mla_prefill_fwd` does; returns (o, lse).
+
+    Args:
+        q, kv_buffer, o: [T, H, C + R], [pages, page_size, KV heads, C + R] and [T, H, C]; any H and page size.
+        qo_indptr, kv_indptr, kv_indices, kv_last_page_lens: as for `mla_decode_fwd`.
+        sm_scale: (C + R)^-½ if absent, as theirs; no DeepSeek model wants that default.
+        logit_cap: theirs accepts none; a positive one is served here.
+        num_kv_splits: theirs always takes 1; absent, the tuner chooses where the queries do not fill the device.
+
+    Returns:
+        Of theirs the LSE is [T, 1, H, 1]; so is this, fp32, natural, -inf for a row with nothing to attend.
+    """
+    if kv_buffer.dim() != 4:
+        raise InvalidInput(f"kv_buffer has shape {tuple(kv_buffer.shape)}; it must be [pages, page_size, heads, C + R]")
+    result = prefill_paged(
+        q, kv_buffer, kv_lora_rank=o.shape[-1], sm_scale=kv_buffer.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        kv_indptr=kv_indptr, kv_indices=kv_indices, kv_last_page_lens=kv_last_page_lens, qo_indptr=qo_indptr,
+        max_q_len=max_seqlen_q, logit_cap=max(logit_cap, 0.0), out=o, return_lse=True, num_kv_splits=num_kv_splits,
+    )  # fmt: skip
+    return o, result[1][:, None, :, None]
+
+
+def mla_prefill_ps_fwd(
+    Q: Tensor, K: Tensor, V: Tensor, output: Tensor, qo_indptr: Tensor, kv_indptr: Tensor,
+    kv_page_indices: Tensor | None, work_indptr: Tensor | None, work_info_set: Tensor | None, max_seqlen_q: int,
+    is_causal: bool, reduce_indptr: Tensor | None = None, reduce_final_map: Tensor | None = None,
+    reduce_partial_map: Tensor | None = None, softmax_scale: float | None = None, q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Un-absorbed prefill into `output`, as AITER's `mla_prefill_ps_fwd` does; returns (output, lse or None).
+
+    Args:
+        Q, K, V, output: [T, H, qk_dim], [tokens, Hk, qk_dim], [tokens, Hk, v_dim] and [T, H, v_dim]; theirs takes fp8
+            of 192 and 128 alone.
+        qo_indptr, kv_indptr: int32 [B + 1].
+        kv_page_indices: int32, the row of K and V of each key, in the order of kv_indptr; K and V are gathered by it
+            (theirs reads through it). None: they lie in that order, which saves the copy.
+        work_indptr, work_info_set, reduce_indptr, reduce_final_map, reduce_partial_map: ignored. They say which
+            processor computes what, not what is computed; `mla_jit` makes its own list on the device.
+        is_causal: aligned to the last query and the last key.
+        softmax_scale: v_dim^-½ if absent, as theirs; no DeepSeek model wants that default.
+        q_scale, k_scale, v_scale: 1-element fp32 tensors, applied whatever the dtypes.
+
+    Returns:
+        The LSE is fp32 [T, H], natural. A row with nothing to attend has output 0 and LSE **+inf**, as theirs;
+        `mla_jit.prefill` says -inf.
+    """
+    if kv_page_indices is not None:  # what lies behind the last key may be anything
+        rows = kv_page_indices.clamp(0, max(0, K.shape[0] - 1))
+        K, V = _gathered(K, rows), _gathered(V, rows)
+    result = prefill(
+        Q, K, V, qo_indptr=qo_indptr, kv_indptr=kv_indptr, max_q_len=max_seqlen_q, causal=is_causal,
+        sm_scale=output.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, q_scale=q_scale,
+        k_scale=k_scale, v_scale=v_scale, out=output, return_lse=return_lse,
+    )  # fmt: skip
+    if not isinstance(result, tuple):
+        return result, None
+    lse = result[1]
+    return output, torch.where(lse == -torch.inf, torch.inf, lse)
+
+
+def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a tensor; fp8 travels as bytes."""
+    return x.view(torch.uint8)[rows].view(x.dtype) if x.element_size() == 1 else x[rows]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mla_jit.ops.variant import Variant
 
-OPS = ("decode",)
+OPS = ("decode", "prefill")  # those with a support matrix and a tuning space
 
 
 @functools.cache
@@ -21,4 +21,14 @@ def variants(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
         return (DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU)
-    raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}")
+    if op == "prefill":
+        from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU
+        from mla_jit.ops.prefill.persistent import PREFILL_PERSISTENT_TRITON
+        from mla_jit.ops.prefill.tiles import PREFILL_TRITON
+
+        return (PREFILL_TRITON, PREFILL_PERSISTENT_TRITON, PREFILL_BLOCKED_CPU)
+    if op == "merge":
+        from mla_jit.ops.merge.rows import MERGE_CPU, MERGE_TRITON
+
+        return (MERGE_TRITON, MERGE_CPU)
+    raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}, merge")

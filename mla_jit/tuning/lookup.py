@@ -29,21 +29,23 @@ from mla_jit.tuning.store import Store, read_trials, user_path
 Legal = Callable[[Config], str | None]  # the reason why a config cannot be used, or None
 
 _LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; readers wait on no writer under WAL
-_HARD_FIELDS = (
-    "op", "kv_lora_rank", "rope_dim", "num_kv_heads", "q_dtype", "kv_dtype", "out_dtype", "layout", "context_parallel",
-    "batch_invariant",
-)  # fmt: skip
-_SOFT_FIELDS = (
-    "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale", "kv_scale",
-    "misaligned", "flat_pages", "index64", "scheduler", "planned", "mix",
-)  # fmt: skip
-_MIX = _SOFT_FIELDS.index("mix")  # a call does not know its own: it asks for the default
+_MIX = "mix"  # a soft field: a call does not know its own, it asks for the default
 _NEAR = 8  # rows from which an answer for other sizes is made
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
-_hard, _soft = attrgetter(*_HARD_FIELDS), attrgetter(*_SOFT_FIELDS)
+_getter = functools.cache(attrgetter)  # of these fields
 
 Shape = tuple[int, ...]
+
+
+def _hard(problem: Problem) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = _getter(*problem.HARD)(problem)
+    return found
+
+
+def _soft(problem: Problem) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = _getter(*problem.SOFT)(problem)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class _Cell:
     soft: tuple[Any, ...]
     mean: int | None  # bucket of the mean length, where total_kv makes it less than kv; None: all as long as the bound
     wish: int | None  # num_kv_splits
+    names: tuple[str, ...]  # of the soft fields
     rows: tuple[_Row, ...] = ()
 
     @classmethod
@@ -92,7 +95,8 @@ class _Cell:
         mean = None
         if problem.total_kv is not None:
             mean = max(1, bucket(-(-problem.total_kv // max(1, problem.batch))))
-        return cls(shape, _soft(problem), mean if mean is not None and mean < shape[3] else None, problem.num_kv_splits)
+        mean = mean if mean is not None and mean < shape[3] else None
+        return cls(shape, _soft(problem), mean, getattr(problem, "num_kv_splits", None), type(problem).SOFT)
 
     @property
     def length(self) -> int:
@@ -101,7 +105,8 @@ class _Cell:
 
     def lengths_of(self, asked: _Cell, shape: Shape) -> _Cell:
         """The empty cell of this shape with the mean length, and the mix of lengths, that are asked for."""
-        soft = (*self.soft[:_MIX], asked.soft[_MIX], *self.soft[_MIX + 1 :])
+        pairs = zip(self.names, self.soft, asked.soft, strict=True)
+        soft = tuple(wanted if name == _MIX else has for name, has, wanted in pairs)
         return dataclasses.replace(self, shape=shape, soft=soft, mean=asked.mean, rows=())
 
     def differences(self, asked: _Cell) -> tuple[int, float]:
@@ -117,7 +122,7 @@ class _Cell:
     def say(self, asked: _Cell) -> str:
         """The differences, one after the other: "batch 64 for 48, page_size 64 for 16"."""
         pairs: list[tuple[str, Any, Any]] = [*zip(_AXES, self.shape, asked.shape, strict=True)]
-        pairs += zip(_SOFT_FIELDS, self.soft, asked.soft, strict=True)
+        pairs += zip(self.names, self.soft, asked.soft, strict=True)
         if self.mean != asked.mean:
             pairs.append(("mean length", self.length, asked.length))
         pairs.append(("num_kv_splits", self.wish, asked.wish))
@@ -423,7 +428,7 @@ def _index(target: Target, problem: Problem) -> _Index:
     """Read once for problems of equal hard fields, and again when the user's database has changed."""
     path = user_path()
     signature = (path, _signature(str(path)), _signature(f"{path}-wal"))
-    hard = dict(zip(_HARD_FIELDS, _hard(problem), strict=True))
+    hard = dict(zip(problem.HARD, _hard(problem), strict=True))
     key = target.device, target.name, *hard.values()
     held = _indexes.get(key)
     if held is not None and held.signature == signature:

@@ -23,7 +23,7 @@ HEAVY = "{m for m in sys.modules if m.split('.')[0] in ('torch', 'triton', 'cuda
 PUBLIC = {
     "decode", "decode_metadata", "decode_metadata_info", "DecodeMetadata",
     "decode_plan", "DecodePlan", "warmup", "supports", "last_dispatch", "reload", "export_plan", "load_plan",
-    "autotune", "Dispatch", "Support",
+    "autotune", "Dispatch", "Support", "prefill", "prefill_paged", "merge_state", "PrefillProblem",
     "DecodeProblem", "Problem", "Config", "Settings", "configure", "errors", "compat",
 }  # fmt: skip
 
@@ -38,7 +38,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
-    ("api torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
+    ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (
         "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.builds tuning.worker tuning.pool",
     ),  # times the public `decode` beside the peers
@@ -50,8 +50,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 LIGHT = (
     "errors", "settings", "resources", "dtypes", "target", "layouts", "problem", "config", "models", "compile.cache",
     "compile.child", "compile.artifact", "launch", "launch.base", "launch.null", "ops", "ops.variant",
-    "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "tuning.rows", "tuning.store",
-    "tuning.shipped", "tuning.lookup", "tuning.schedule", "plan", "ahead", "explain", "cli",
+    "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "ops.prefill.inputs", "ops.prefill.tiles",
+    "ops.prefill.persistent", "ops.prefill.blocked_cpu", "ops.merge.inputs", "ops.merge.rows", "tuning.rows",
+    "tuning.store", "tuning.shipped", "tuning.lookup", "tuning.schedule", "plan", "ahead", "explain", "cli",
 )  # fmt: skip
 
 

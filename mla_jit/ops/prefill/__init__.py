@@ -1,0 +1,1 @@
+"""Prefill: attention of many query tokens a sequence over K and V in full (un-absorbed form)."""

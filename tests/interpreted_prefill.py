@@ -1,0 +1,114 @@
+"""Runs prefill cases through the Triton kernels in Triton's interpreter; a process of its own (TRITON_INTERPRET=1).
+
+    TRITON_INTERPRET=1 python tests/interpreted_prefill.py [--target sm_80] [--sms 3] [--dtype fp16] [--only TEXT]
+        [--part I/N] [--variant NAME] [name=value …]
+
+As interpreted_main.py does for decode: what is launched is what the variant's row says, with the tunables changed.
+Each case prints a line of JSON; the exit status is the number of failures (at most 100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import prefill_cases as cases
+import torch
+from interpreted_main import RED, say
+
+from mla_jit import ops
+from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
+from mla_jit.launch import interpreter
+from mla_jit.launch.base import Binding
+from mla_jit.ops.prefill.inputs import prefill_inputs
+from mla_jit.ops.variant import Variant
+from mla_jit.target import Target, by_name
+
+
+def prefill(
+    call: cases.Call, variant: Variant, target: Target, changes: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None, Config]:
+    """The call's (out, lse) from interpreted kernels. AssertionError if they write what is not theirs."""
+    inputs = prefill_inputs(call.q, call.k, call.v, **call.kwargs)
+    problem = inputs.problem
+    config = variant.default(problem, target)
+    for name, value in changes.items():  # those that this case can have
+        if variant.rejects(problem, target, config.replace(**{name: value})) is None:
+            config = config.replace(**{name: value})
+    if (reason := variant.rejects(problem, target, config)) is not None:
+        raise AssertionError(f"{call.case.id} is refused: {reason}")
+    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
+    if out is None:
+        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
+    if lse is None and problem.lse:
+        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    size = variant.workspace_bytes(problem, target, config)
+    memory = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
+    tensors = {**inputs.tensors, "out": out, "lse": lse}
+    places = {
+        name: memory.data_ptr() + RED + offset for name, offset in variant.offsets(problem, target, config).items()
+    }
+    binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
+    bf16 = "bf16" in (problem.q_dtype, problem.kv_dtype)
+    constants = {"COMPUTE": "tl:float32", "QK_NATIVE": False} if bf16 else {}
+    bound = interpreter.bind(
+        variant.sources(problem, target, config), variant.launches(problem, target, config), binding, constants
+    )
+    pointers = [
+        (places[name] if name in places else tensors[name].data_ptr()) + offset for name, offset in bound.operands
+    ]
+    bound.run(pointers, [inputs.floats[name] for name in bound.float_names])
+    beside = torch.cat([memory[:RED], memory[RED + size :]])
+    assert (beside == 0xFF).all(), f"{call.case.id}: written beside the workspace"
+    assert bool(out[~call.owned].isnan().all()), f"{call.case.id}: rows of no sequence are written"
+    return out, lse, config
+
+
+def interpretable(case: cases.Case, dtype: str) -> cases.Case:
+    """The case in a dtype that the kernels take, where it is in fp32. No bf16 results: the interpreter truncates."""
+    if case.q_dtype == "fp32":
+        case = dataclasses.replace(case, q_dtype=dtype, kv_dtype=dtype)
+    return dataclasses.replace(case, out_dtype="fp32") if cases.out_dtype(case) == "bf16" else case
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_80")
+    parser.add_argument("--sms", type=int, default=3, help="of the target; each of its programs is walked in Python")
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--only", default="", help="cases whose id contains this")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
+    parser.add_argument("--variant", default="prefill_triton")
+    parser.add_argument("changes", nargs="*", help="tunables, name=value")
+    options = parser.parse_args()
+    changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
+    variant = next(v for v in ops.variants("prefill") if v.name == options.variant)
+    target = dataclasses.replace(by_name(options.target), sms=options.sms)
+    failures = 0
+    first, step = map(int, options.part.split("/"))
+    for case in cases.SMALL[first::step]:
+        case = interpretable(case, options.dtype)
+        if options.only not in case.id:
+            continue
+        started = time.perf_counter()
+        call = cases.build(case)
+        line: dict[str, Any] = {"case": case.id}
+        try:
+            out, lse, config = prefill(call, variant, target, changes)
+            line["config"] = str(config)
+            figures = cases.check(call, out, lse)
+            line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
+        except Exception as error:  # one bad case must not hide the others
+            line["error"] = f"{type(error).__name__}: {error}"
+            failures += 1
+        say(line | {"seconds": round(time.perf_counter() - started, 3)})
+    return min(failures, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
