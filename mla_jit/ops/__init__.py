@@ -23,10 +23,11 @@ def variants(op: str) -> tuple[Variant, ...]:
         return (DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU)
     if op == "prefill":
         from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU
+        from mla_jit.ops.prefill.gluon import PREFILL_GLUON
         from mla_jit.ops.prefill.persistent import PREFILL_PERSISTENT_TRITON
         from mla_jit.ops.prefill.tiles import PREFILL_TRITON
 
-        return (PREFILL_TRITON, PREFILL_PERSISTENT_TRITON, PREFILL_BLOCKED_CPU)
+        return (PREFILL_GLUON, PREFILL_TRITON, PREFILL_PERSISTENT_TRITON, PREFILL_BLOCKED_CPU)
     if op == "merge":
         from mla_jit.ops.merge.rows import MERGE_CPU, MERGE_TRITON
 
