@@ -20,7 +20,7 @@ from mla_jit import resources, settings, target
 from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import lookup, shipped, store
 from mla_jit.tuning.rows import Trial, slug
 from mla_jit.tuning.store import Store
@@ -97,7 +97,7 @@ def test_the_columns_are_the_fields(db):
     """A new field wants a migration: a function more in MIGRATIONS, and only then a column here."""
     Store(db).close()
     columns = {row[1] for row in sql(db, "PRAGMA table_info(trials)")}
-    fields = {f.name for c in (DecodeProblem, Trial) for f in dataclasses.fields(c)} - {"problem"}
+    fields = {f.name for c in (DecodeProblem, PrefillProblem, Trial) for f in dataclasses.fields(c)} - {"problem"}
     assert columns == fields | {"id", "content", "variant"}
 
 
@@ -491,7 +491,7 @@ def test_a_lookup_makes_nothing_and_loads_no_sqlite(db):
     code = f"""
 import sys
 from mla_jit import settings
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.target import by_name
 from mla_jit.tuning import lookup
 settings.configure(tuning_db=__import__("pathlib").Path({str(db)!r}))

@@ -227,7 +227,7 @@ def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
     """The roofline of a call whose sequences have mean lengths, with waves."""
     d, dv = _width(p)
     flops = int(2 * p.pairs * p.num_heads * (d + dv))
-    size = (p.total_q * p.num_heads + p.total_kv * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
+    size = (p.total_q * p.num_heads + p.keys * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
     programs = max(1, -(-p.total_q // config.int("block_m"))) * p.num_heads
     waves = programs / resident(target, config)
     busy = waves / max(1, -(-programs // resident(target, config)))
