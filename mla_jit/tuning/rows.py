@@ -119,7 +119,8 @@ class Trial:
         data: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("problem", "config")
         }
-        plain = defaults(type(self.problem))
+        kind: Any = type(self.problem)
+        plain = defaults(kind)
         data["problem"] = {k: v for k, v in self.problem.fields().items() if k not in plain or v != plain[k]}
         data["problem"]["op"] = self.problem.op
         data["config"] = json.loads(self.config.to_json())
