@@ -40,8 +40,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (  # times the public functions beside the peers
-        "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.candidate tuning.builds "
-        "tuning.worker tuning.pool",
+        (
+            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.candidate "
+            "tuning.builds tuning.worker tuning.pool"
+        ),
     ),
     ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
     ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),

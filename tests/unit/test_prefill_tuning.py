@@ -1,4 +1,4 @@
-"""Prefill in the tuner: candidates, how one is checked and timed, its rows in the database, and what a call makes of them."""
+"""Prefill in the tuner: candidates, how one is checked and timed, and what a call makes of its rows."""
 
 from __future__ import annotations
 
