@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import invoke, invoke_json
 
-from mla_jit import explain, ops, plan, settings, target
+from mla_jit import ahead, explain, models, ops, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.ops.prefill import blocked_cpu
 from mla_jit.problem import PrefillProblem
@@ -168,3 +170,43 @@ def test_a_plan_with_prompts_is_exported_and_loaded() -> None:
         assert plan.load(data, HOPPER) == 1
         assert "(loaded plan)" in plan.choose(problem, HOPPER).why
     plan.forget()
+
+
+# ------------------------------------------------------------------------------------------------- compiling ahead
+
+
+@pytest.mark.parametrize(("name", "tp"), [("sm_90", 1), ("sm_90", 8), ("gfx942", 8)])
+def test_what_is_compiled_ahead_is_all_that_calls_need(name: str, tp: int) -> None:
+    there, model, rng = target.by_name(name), models.by_name("deepseek-v3"), random.Random(0)
+    kinds = models.prefill_problems(model, there, tp=tp)
+    ready = {job.source.key for job in ahead.jobs_of(ahead.prompts_of_any_size(kinds), there).jobs}
+    for _ in range(200):
+        q, kv = models.dtypes_on(rng.choice(model.dtypes), there)
+        batch, q_len = rng.randint(1, ahead.MAX_BATCH), rng.choice([1, 60, 64, 65, 700, 20_000])
+        problem = PrefillProblem(
+            num_heads=model.local_heads(tp), num_kv_heads=model.local_heads(tp), q_dtype=q, kv_dtype=kv, batch=batch,
+            q_len=q_len, total_q=rng.randint(q_len, q_len * batch), max_kv_len=1 << rng.randint(0, 17),
+            causal=rng.random() < 0.5, lse=rng.random() < 0.5, scheduler=rng.choice(["auto", "tiles", "persistent"]),
+        )  # fmt: skip
+        choice = plan.choose(problem, there)
+        for source in choice.variant.sources(problem, there, choice.config):
+            assert source.key in ready, f"{source.name} of {problem}"
+
+
+def test_compile_and_explain_know_prompts(cache_dir: str) -> None:
+    few = ("--model", "minicpm3-4b", "--target", "sm_80", "--lse", "no", "--max-batch", "1")
+    made = invoke_json("compile", "--op", "prefill", *few)
+    assert made["ok"]
+    names = {kernel["name"].removeprefix("prefill_") for kernel in made["kernels"]}
+    assert names == {
+        "triton", "persistent_triton_prefill_persistent", "persistent_triton_schedule",
+        "persistent_triton_combine_pieces",
+    }  # fmt: skip
+    asked = ("--prefill", "--model", "minicpm3-4b", "--target", "sm_80", "--q-len", "5000", "--max-kv-len", "5000")
+    told = invoke_json("explain", *asked, "--no-build")
+    assert told["variant"] == "prefill_triton"
+    assert told["problem"]["qk_dim"] == 96
+    assert [kernel["origin"] for kernel in told["kernels"]] == ["cache"]
+    assert "prefill_persistent_triton" in told["rejected"]
+    assert "prefill 40 heads/40 × 96/64" in invoke("explain", *asked, "--no-build")
+    assert "--prefill needs --model" in invoke("explain", "--prefill", "--heads", "16", code=2)
