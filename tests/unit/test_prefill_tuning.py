@@ -8,14 +8,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import prefill_cases as cases
 import pytest
 from helpers import invoke, invoke_json
 
+import mla_jit
 from mla_jit import ahead, explain, models, ops, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.ops.prefill import blocked_cpu
 from mla_jit.problem import PrefillProblem
-from mla_jit.tuning import candidate, prompts, shipped, space
+from mla_jit.tuning import auto, candidate, prompts, shipped, space, sweep
 from mla_jit.tuning.rows import Trial
 from mla_jit.tuning.store import Store
 
@@ -170,6 +172,29 @@ def test_a_plan_with_prompts_is_exported_and_loaded() -> None:
         assert plan.load(data, HOPPER) == 1
         assert "(loaded plan)" in plan.choose(problem, HOPPER).why
     plan.forget()
+
+
+def test_a_first_call_in_an_autotune_block_is_tuned(tmp_path: Path) -> None:
+    call = cases.build(cases.Case(q_lens=(40, 9), kv_lens=(60, 9), tail=0))
+    with settings.scope(tuning_db=tmp_path / "tuning.db", shipped_db=False):
+        mla_jit.reload()
+        with mla_jit.autotune(budget_s=20):
+            cases.check(call, *mla_jit.prefill(call.q, call.k, call.v, **call.kwargs))
+        dispatch = mla_jit.last_dispatch()
+        assert dispatch is not None
+        assert dispatch.provenance == "measured", dispatch.why
+        with Store(tmp_path / "tuning.db", readonly=True) as store:
+            trials = list(store.trials(op="prefill"))
+        assert len({trial.config for trial in trials if trial.status == "ok"}) > 1
+        assert {trial.problem for trial in trials} == {dataclasses.replace(dispatch.problem, hinted=True)}
+    mla_jit.reload()
+
+
+def test_prompts_that_do_not_fit_are_not_tuned() -> None:
+    size = sweep.cache_bytes(SMALL)
+    assert size == 160 * 4 * (48 + 32) * 4 + 256 * 2 * (48 + 32) * 4
+    assert auto.shapes(dataclasses.replace(SMALL, hinted=False), size) == [SMALL]
+    assert auto.shapes(SMALL, size - 1) == []
 
 
 # ------------------------------------------------------------------------------------------------- compiling ahead

@@ -122,12 +122,13 @@ def default(p: PrefillProblem, target: Target) -> Config:
     d, dv = _width(p)
     tma = target.has("tma") and no_tma(p) is None
     kind = "mfma" if target.triton[:1] == ("hip",) else "m64" if target.has("mma_m64") else "bulk" if tma else "mma"
-    block_m, block_n, warps, stages = _TILES[kind, dv > 128 or d > 256]
+    wide, narrow = dv > 128 or d > 256, DTYPES[p.kv_dtype].bits == 8
+    block_m, block_n, warps, stages = _TILES[kind, wide]
     if kind == "m64" and not tma:
-        block_n = min(block_n, 64)  # addresses take registers
-    if kind == "mfma" and DTYPES[p.kv_dtype].bits == 8:
+        block_n = 32 if wide and narrow else min(block_n, 64)  # addresses take registers
+    if kind == "mfma" and narrow:
         block_n = 32  # so does decoding
-    if kind == "mma" and d + dv <= 256:
+    if kind == "mma" and d + dv <= 256 and not narrow:
         block_n *= 2
     if p.q_len <= 64:
         block_m = min(block_m, 64)
