@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -118,8 +119,9 @@ class Trial:
         data: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("problem", "config")
         }
-        plain = DecodeProblem(num_heads=1).fields()
-        data["problem"] = {k: v for k, v in self.problem.fields().items() if k == "num_heads" or v != plain[k]}
+        kind: Any = type(self.problem)
+        plain = defaults(kind)
+        data["problem"] = {k: v for k, v in self.problem.fields().items() if k not in plain or v != plain[k]}
         data["problem"]["op"] = self.problem.op
         data["config"] = json.loads(self.config.to_json())
         return json.dumps(data, sort_keys=True, separators=(", ", ": "))
@@ -135,6 +137,12 @@ class Trial:
             return cls(problem=problem, config=config, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
+
+
+@functools.cache
+def defaults(kind: Any) -> dict[str, Any]:
+    """The fields of a problem's class that may be left out of a row, with the values that they then have."""
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
 
 
 def slug(device: str) -> str:

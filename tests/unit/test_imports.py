@@ -39,9 +39,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
     ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
-    (
-        "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.builds tuning.worker tuning.pool",
-    ),  # times the public `decode` beside the peers
+    (  # times the public functions beside the peers
+        (
+            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.candidate "
+            "tuning.builds tuning.worker tuning.pool"
+        ),
+    ),
     ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
     ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),
     ("cli cli_options cli_tuning cli_database cli_report cli_predict cli_bench",),
