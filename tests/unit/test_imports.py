@@ -41,7 +41,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (  # times the public functions beside the peers
         (
-            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.candidate "
+            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.prefill_grid "
+            "tuning.candidate "
             "tuning.builds tuning.worker tuning.pool"
         ),
     ),
