@@ -149,7 +149,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     type=click.Choice(["decode", "prefill", "all"]),
     default="decode",
     show_default=True,
-    help="Which op's kernels; prefill is the un-absorbed form, causal and not, by both schedulers.",
+    help="Which op's kernels; prefill: un-absorbed, causal and not, by both schedulers, and merge_state.",
 )
 @click.option(
     "--sms",
@@ -182,6 +182,7 @@ def _compile(
         if op != "decode":
             prompts = models.prefill_problems(row, there, tp=tp, dtypes=dtype or None, lse=which[lse], scales=scales)
             plans.append(ahead.jobs_of(ahead.prompts_of_any_size(prompts, max_batch=max_batch), there))
+            plans.append(ahead.jobs_of(models.merge_problems(row, there, tp=tp, dtypes=dtype or None), there))
         if op == "prefill":
             continue
         kinds = models.decode_problems(

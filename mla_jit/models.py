@@ -14,7 +14,7 @@ from typing import Any
 from mla_jit import resources
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem, PrefillProblem, bucket
+from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, bucket
 from mla_jit.target import Target
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32", "fp8", "fp8xfp8")
@@ -132,6 +132,19 @@ def prefill_problems(
                 q_dtype=q, kv_dtype=kv, out_dtype="bf16" if DTYPES[q].bits == 8 else q, lse=with_lse, causal=is_causal,
                 **(given | fixed),
             )  # fmt: skip
+
+
+def merge_problems(
+    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None
+) -> Iterator[MergeProblem]:  # fmt: skip
+    """The merges of what such calls give: of their outputs, and of fp32 ones."""
+    names = {"fp32"}
+    for q, _ in (dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)):
+        names.add("bf16" if DTYPES[q].bits == 8 else q)
+    for name in sorted(names):
+        yield MergeProblem(
+            num_heads=model.local_heads(tp), dim=model.v_dim, a_dtype=name, b_dtype=name, out_dtype=name
+        )  # fmt: skip
 
 
 def _scales(q: str, cache: str, which: str) -> tuple[dict[str, Any], ...]:

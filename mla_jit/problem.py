@@ -291,3 +291,26 @@ class MergeProblem(Problem):
     def __str__(self) -> str:
         types = f"{self.a_dtype} + {self.b_dtype} -> {self.out_dtype}"
         return f"merge of {self.tokens} tokens × {self.num_heads} heads × {self.dim}, {types}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceProblem(Problem):
+    """The sum of listed partial states, [rows, num_heads, dim], by `groups` of up to tile_q queries.
+
+    misaligned: of "part" and "out"; index64: of the lists "indptr", "final_map" and "partial_map".
+    """
+
+    op: str = "reduce"
+    TUNED: ClassVar[bool] = False
+    num_heads: int
+    dim: int
+    part_dtype: str = "fp32"
+    out_dtype: str = "bf16"
+    misaligned: tuple[str, ...] = ()
+    index64: tuple[str, ...] = ()
+    groups: int = 1
+    tile_q: int = 256
+
+    def __str__(self) -> str:
+        types = f"{self.part_dtype} -> {self.out_dtype}"
+        return f"sum of {self.groups} groups of {self.tile_q} queries × {self.num_heads} heads × {self.dim}, {types}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, ReduceProblem
 
 OK = "ok"
 # What a candidate may end as beside "ok"; none of these ever wins.
@@ -21,7 +21,9 @@ FAULTS = (
     "out_of_memory", "error",
 )  # fmt: skip
 PROVENANCES = ("measured", "imported", "predicted")  # best first
-PROBLEMS: dict[str, Any] = {"decode": DecodeProblem, "prefill": PrefillProblem, "merge": MergeProblem}
+PROBLEMS: dict[str, Any] = {  # by op
+    "decode": DecodeProblem, "prefill": PrefillProblem, "merge": MergeProblem, "reduce": ReduceProblem,
+}  # fmt: skip
 # Closer medians are equal: a part of the greater spread, and no more than a part of the median.
 NOISE, MOST_NOISE = 0.25, 0.01
 SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie

@@ -55,7 +55,8 @@ LIGHT = (
     "errors", "settings", "resources", "dtypes", "target", "layouts", "problem", "config", "models", "compile.cache",
     "compile.child", "compile.artifact", "launch", "launch.base", "launch.null", "ops", "ops.variant",
     "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "ops.prefill.inputs", "ops.prefill.tiles",
-    "ops.prefill.persistent", "ops.prefill.blocked_cpu", "ops.merge.inputs", "ops.merge.rows", "tuning.rows",
+    "ops.prefill.persistent", "ops.prefill.blocked_cpu", "ops.merge.inputs", "ops.merge.rows",
+    "ops.merge.reduce", "tuning.rows",
     "tuning.store", "tuning.shipped", "tuning.lookup", "tuning.schedule", "plan", "ahead", "explain", "cli",
 )  # fmt: skip
 

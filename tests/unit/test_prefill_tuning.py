@@ -224,7 +224,7 @@ def test_compile_and_explain_know_prompts(cache_dir: str) -> None:
     assert made["ok"]
     names = {kernel["name"].removeprefix("prefill_") for kernel in made["kernels"]}
     assert names == {
-        "triton", "persistent_triton_prefill_persistent", "persistent_triton_schedule",
+        "merge_triton", "triton", "persistent_triton_prefill_persistent", "persistent_triton_schedule",
         "persistent_triton_combine_pieces",
     }  # fmt: skip
     asked = ("--prefill", "--model", "minicpm3-4b", "--target", "sm_80", "--q-len", "5000", "--max-kv-len", "5000")
