@@ -325,6 +325,15 @@ def test_alignment_is_part_of_the_problem(view: str, expected: tuple[str, ...]) 
     assert decode_inputs(call.q, call.kv_cache, **call.kwargs).problem.misaligned == expected
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(48, ()), (24, ("q", "kv", "out"))])
+def test_an_allocated_output_is_aligned_only_if_its_rows_are(rank: int, expected: tuple[str, ...]) -> None:
+    inputs = decode_inputs(
+        half(2, 4, rank), half(3, 16, rank), kv_lora_rank=rank, sm_scale=0.1, block_table=ints(0, 1).view(2, 1),
+        seq_lens=ints(3, 4),
+    )  # fmt: skip
+    assert inputs.problem.misaligned == expected
+
+
 def test_steps_of_one_generation_share_a_problem() -> None:
     """Lengths, hints and table widths change from token to token; what is compiled for must not."""
 

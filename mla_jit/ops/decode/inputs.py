@@ -217,6 +217,8 @@ def decode_inputs(
     _check_outputs(out, lse, out_shape, device)
     kinds = {"q": parts, "kv": buffers} | ({"out": [out]} if out is not None else {})
     misaligned = tuple(name for name, group in kinds.items() if not _aligned(*group))
+    if out is None and rank % ALIGNMENT:  # what is allocated
+        misaligned += ("out",)
     index64 = tuple(
         n for n, t in (*table.items(), ("qo_indptr", qo_indptr)) if t is not None and str(t.dtype) == "torch.int64"
     )

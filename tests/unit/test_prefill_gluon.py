@@ -1,0 +1,93 @@
+"""prefill_gluon: what needs no GPU. Its blocks are ordered as prefill_triton's are, and it compiles without spills."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_jit import plan, target
+from mla_jit.compile.triton import compile_source
+from mla_jit.ops import prefill
+from mla_jit.ops.prefill import gluon
+from mla_jit.problem import PrefillProblem
+
+HOPPER = target.targets()["sm_90"]
+KERNELS = Path(next(iter(prefill.__path__)))
+LONG = PrefillProblem(num_heads=128, num_kv_heads=128, q_len=8192, total_q=8192, max_kv_len=8192, total_kv=8192)
+
+
+def function(file: str, name: str, dialect: str) -> ast.FunctionDef:
+    """A function of a file with its dialect's name spelt `lang`, without its docstring."""
+    tree = ast.parse((KERNELS / file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == dialect:
+            node.id = "lang"
+    (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    if ast.get_docstring(found) is not None:
+        del found.body[0]
+    return found
+
+
+def test_both_kernels_order_blocks_alike() -> None:
+    mine, other = function("gluon_prefill.py", "_ordered", "gl"), function("triton_prefill.py", "_ordered", "tl")
+    assert ast.dump(mine.args) == ast.dump(other.args)
+    assert [ast.dump(s) for s in mine.body] == [ast.dump(s) for s in other.body]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tunables"),
+    [
+        ({}, {}),
+        ({"causal": False, "lse": True, "soft_cap": True, **{f"{x}_dtype": "fp16" for x in ("q", "kv", "out")}}, {}),
+        ({"q_scale": True, "k_scale": True, "v_scale": True, "num_kv_heads": 4}, {"block_n": 64, "num_stages": 4}),
+        ({"qk_dim": 128, "index64": ("qo_indptr", "kv_indptr")}, {"num_stages": 3}),
+        ({"qk_dim": 64, "v_dim": 64}, {}),
+    ],
+    ids=["plain", "much", "scales", "128", "64"],
+)  # fmt: skip
+def test_compiles_without_spills(changes: dict[str, Any], tunables: dict[str, int]) -> None:
+    problem = dataclasses.replace(LONG, **changes)
+    config = gluon.default(problem, HOPPER).replace(**tunables)
+    assert gluon.rejects(problem, HOPPER, config) is None
+    artifact = compile_source(gluon.sources(problem, HOPPER, config)[0])
+    assert (artifact.threads, artifact.spill_bytes, artifact.registers) == (384, 0, 168)
+    tiles = 128 * problem.qk_dim + config.int("num_stages") * config.int("block_n") * (problem.qk_dim + problem.v_dim)
+    assert 2 * tiles < artifact.smem_bytes <= 2 * tiles + 1024
+    assert list(artifact.extra["tma"]) == ["k_desc", "v_desc"]
+    assert all(box["block_size"] == [config.int("block_n"), 64] for box in artifact.extra["tma"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tunables", "reason"),
+    [
+        ({"kv_dtype": "fp8_e4m3"}, {}, "all must be bf16 or all fp16"),
+        ({"out_dtype": "fp32"}, {}, "one type is written"),
+        ({"qk_dim": 96}, {}, "qk_dim 96 is not 64, 128 or 192"),
+        ({"qk_dim": 64}, {}, "or more than qk_dim"),
+        ({"token_major": False}, {}, "do not lie within a token's row"),
+        ({"misaligned": ("k",)}, {}, "not multiples of 16"),
+        ({"scheduler": "persistent"}, {}, "persistent scheduler"),
+        ({}, {"num_stages": 3}, "bytes of shared memory"),
+        ({"batch": 1 << 20}, {}, "largest grid"),
+    ],
+)
+def test_says_why_not(changes: dict[str, Any], tunables: dict[str, int], reason: str) -> None:
+    problem = dataclasses.replace(LONG, **changes)
+    config = gluon.default(problem, HOPPER).replace(**tunables)
+    assert reason in (gluon.rejects(problem, HOPPER, config) or "")
+
+
+def test_only_where_the_instructions_are() -> None:
+    for name, row in target.targets().items():
+        legal = gluon.rejects(LONG, row, gluon.default(LONG, row)) is None
+        assert legal == (row.has("tma") and row.has("mma_m64")), name
+
+
+def test_it_serves_prompts_and_leaves_short_queries_to_smaller_blocks() -> None:
+    assert plan.analytic(LONG, HOPPER).config == gluon.default(LONG, HOPPER)
+    short = dataclasses.replace(LONG, q_len=48, total_q=48)
+    assert plan.analytic(short, HOPPER).variant is not gluon.PREFILL_GLUON
