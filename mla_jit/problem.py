@@ -8,6 +8,7 @@ torch is not imported here; tensors are asked for their attributes only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -41,13 +42,15 @@ class Problem:
     """Base of every op's problem; `op` names the op, `fields()` its columns.
 
     HARD: fields in which a row of the tuning database must be equal to say anything of a problem; SOFT: in which it had
-    better be. The sizes are in neither. TUNED: whether it has rows there.
+    better be. The sizes are in neither. LENGTHS: fields that say how long, with their values where that does not count.
+    TUNED: whether it has rows there.
     """
 
     op: str = ""
     TUNED: ClassVar[bool] = True
     HARD: ClassVar[tuple[str, ...]] = ("op",)
     SOFT: ClassVar[tuple[str, ...]] = ()
+    LENGTHS: ClassVar[Mapping[str, Any]] = {"max_kv_len": 0, "total_kv": None}
 
     def fields(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -114,6 +117,7 @@ class DecodeProblem(Problem):
         "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale",
         "kv_scale", "misaligned", "flat_pages", "index64", "scheduler", "planned", "mix",
     )  # fmt: skip
+    LENGTHS: ClassVar[Mapping[str, Any]] = {**Problem.LENGTHS, "mix": MIXES[0]}
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")

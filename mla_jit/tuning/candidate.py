@@ -19,9 +19,9 @@ from mla_jit.errors import CompileError, CompilerAborted, IllegalArtifact, Inval
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
-from mla_jit.tuning.prompts import PromptStand
+from mla_jit.tuning.prompts import PrefillStand
 from mla_jit.tuning.rows import OK, Measurement
-from mla_jit.tuning.stand import Fault, Run, Stand
+from mla_jit.tuning.stand import DecodeStand, Fault, Run, Stand
 
 POLICY = (
     "v1: µs a call, median and max - min over rounds. A round replays, for the window, one CUDA graph of a call on "
@@ -188,7 +188,7 @@ def _stand(problem: DecodeProblem, where: Target, device: str) -> Stand:
 
         torch.cuda.empty_cache()
     try:
-        made: Any = Stand if problem.op == "decode" else PromptStand
+        made: Any = DecodeStand if problem.op == "decode" else PrefillStand
         return _kept.setdefault(key, made(problem, where, device))
     except Exception as error:
         fault = fault_of(error)

@@ -20,7 +20,7 @@ from pathlib import Path
 from mla_jit import ops
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import MIXES, DecodeProblem
+from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 from mla_jit.tuning import lookup, shipped, store, sweep
 from mla_jit.tuning.rows import OK, PROVENANCES, Measurement, Trial, slug
@@ -132,7 +132,7 @@ def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
     families: dict[tuple[object, ...], dict[tuple[DecodeProblem, Config], Trial]] = {}
     for trial in trials:
         if trial.effort == sweep.LAST and trial.revision == newest[trial.variant] and trial.provenance != _PREDICTED:
-            problem = dataclasses.replace(trial.problem, max_kv_len=0, total_kv=None, mix=MIXES[0])
+            problem = dataclasses.replace(trial.problem, **trial.problem.LENGTHS)
             rows = families.setdefault((problem, trial.target, trial.device), {})
             known = rows.setdefault((trial.problem, trial.config), trial)
             rows[trial.problem, trial.config] = min(known, trial, key=lambda t: (t.median_us or 0.0, t.created))

@@ -9,16 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from typing import Any
 
-from mla_jit import dtypes
-from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
 from mla_jit.ops.prefill.inputs import PrefillInputs, prefill_inputs
 from mla_jit.problem import PrefillProblem
 from mla_jit.target import Target
-from mla_jit.tuning.stand import Fault, Run
+from mla_jit.tuning.stand import Fault, Stand
 
 _MOST = 2048  # tokens of a sequence that is checked: the reference holds a float64 of each pair
 _SIZES = ("batch", "q_len", "total_q", "max_kv_len", "total_kv", "hinted")
@@ -51,8 +48,8 @@ def lengths(problem: PrefillProblem, most: int = _MOST) -> list[tuple[list[int],
     return cases
 
 
-class PromptStand:
-    """A prefill problem's tensors on a device, made once for all its candidates; see stand.Stand."""
+class PrefillStand(Stand):
+    """A prefill problem's tensors on a device, made once for all its candidates."""
 
     def __init__(self, problem: PrefillProblem, where: Target, device: str):
         from mla_jit import trial
@@ -110,65 +107,12 @@ class PromptStand:
         out, lse = reference.prefill(self._x["q"], self._x["k"], self._x["v"], **keywords)
         return out[:used].float(), lse[:used].float()
 
-    def check(self, run: Run) -> float:
-        """The relative L2 error of the worst row of all cases. Raises Fault where one is not as it should be."""
-        import torch
+    def _lengths(self, case: int) -> str:
+        q_lens, kv_lens = self._cases[case]
+        return f"q_lens {q_lens[:4]}, kv_lens {kv_lens[:4]}"
 
-        from mla_jit.tuning import bench
-
-        def once(inputs: Any) -> Any:
-            run(inputs)
-            return self._call["out"]
-
-        self._lay(0)
-        graph = bench.graph_of(once, [self._checked]) if self.on_gpu else None  # type: ignore[list-item]
-        worst = 0.0
-        for case, (q_lens, kv_lens) in enumerate(self._cases):
-            self._lay(case)
-            run.workspace.fill_(255)  # NaN
-            if graph is None:
-                once(self._checked)
-            else:
-                graph.replay()
-                torch.cuda.synchronize()
-            worst = max(worst, self._judge(case, f"q_lens {q_lens[:4]}, kv_lens {kv_lens[:4]}"))
-        return worst
-
-    def _judge(self, case: int, lens: str) -> float:
-        import torch
-
-        want, want_lse = self._wanted[case]
-        out, lse = self._call["out"][: len(want)].double(), self._call.get("lse")
-        lse = None if lse is None else lse[: len(want)]
-        if out.isnan().any() or (lse is not None and lse.isnan().any()):
-            raise Fault("nan", f"NaN in the {'output' if out.isnan().any() else 'LSE'} with {lens}")
-        if not self._call["out"][len(want) :].isnan().all():
-            raise Fault("wrong", f"rows of no sequence are written with {lens}")
-        error = float(((out - want).norm(dim=-1) / want.double().norm(dim=-1).clamp_min(1e-30)).max())
-        p = self.problem
-        limit = max(dtypes.tolerance(p.q_dtype, p.kv_dtype), DTYPES[p.out_dtype].rel_l2)
-        if not error <= limit:
-            raise Fault("wrong", f"relative L2 error {error:.2e} (limit {limit:.0e}) with {lens}")
-        if lse is not None:
-            off = float(torch.where(lse == want_lse, 0.0, (lse - want_lse).abs()).max())
-            if not off <= dtypes.LSE_ATOL:
-                raise Fault("wrong", f"LSE off by {off:.2e} (limit {dtypes.LSE_ATOL:.0e}) with {lens}")
-        return error
-
-    def time(self, run: Run, rounds: int, window_ms: float) -> list[float]:
-        """µs a call, by round."""
-        from mla_jit.tuning import bench
-
-        if self.on_gpu:
-            graph = bench.graph_of(run, self._sets)  # type: ignore[arg-type]
-            return bench.time_alternating({"": graph}, len(self._sets), rounds=rounds, min_ms=window_ms)[""]
-        turn = itertools.cycle(self._sets)
-        run(next(turn))
-        times = []
-        for _ in range(rounds):
-            calls, started = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - started < window_ms * 1e-3:
-                run(next(turn))
-                calls += 1
-            times.append((time.perf_counter() - started) / calls * 1e6)
-        return times
+    def _results(self, case: int) -> tuple[Any, Any]:
+        out, lse, rows = self._call["out"], self._call.get("lse"), len(self._wanted[case][0])
+        if not out[rows:].isnan().all():
+            raise Fault("wrong", f"rows of no sequence are written with {self._lengths(case)}")
+        return out[:rows], None if lse is None else lse[:rows]

@@ -19,7 +19,7 @@ from typing import Any
 from mla_jit import models, ops, plan, resources
 from mla_jit.compile.artifact import Source
 from mla_jit.errors import InvalidInput, MlaJitError, NoVariant
-from mla_jit.problem import MIXES, DecodeProblem
+from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 from mla_jit.tuning import search, sweep
 from mla_jit.tuning.rows import PROBLEMS
@@ -233,6 +233,6 @@ def families(shapes: Sequence[Shape]) -> dict[tuple[DecodeProblem, tuple[str, ..
     """The shapes of the same models that differ in nothing but sizes, in their order; the key has none of these."""
     found: dict[tuple[DecodeProblem, tuple[str, ...]], list[Shape]] = {}
     for shape in shapes:
-        like = dataclasses.replace(shape.problem, batch=1, q_len=1, max_kv_len=0, total_kv=None, mix=MIXES[0])
+        like = dataclasses.replace(shape.problem, **shape.problem.LENGTHS, batch=1, q_len=1)
         found.setdefault((like, shape.models), []).append(shape)
     return found

@@ -6,6 +6,7 @@ float64 reference, and timed on input sets that rotate past the L2.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import itertools
 import math
@@ -139,8 +140,96 @@ def _quantiles(p: DecodeProblem, low: float) -> list[int]:
     return [max(1, round(math.exp(math.log(p.max_kv_len) - step * i))) for i in range(p.batch)]
 
 
-class Stand:
-    """A problem's tensors on a device, made once for all its candidates: cases to check on, input sets to time on.
+class Stand(abc.ABC):
+    """The tensors of a problem on a device: cases to check its candidates on, input sets to time them on.
+
+    An op's stand says how a case is laid into the buffers of the check, and which rows of the outputs are its results.
+    """
+
+    problem: Any
+    device: str
+    on_gpu: bool
+    _cases: Sequence[Any]
+    _call: dict[str, Any]  # the call's keywords; "out" and, if wanted, "lse" among them
+    _checked: Any  # the call's inputs, on the buffers of the check
+    _sets: Sequence[Any]  # of inputs to time on
+    _wanted: Sequence[tuple[Any, Any]]  # by case: (out, lse) as they should be
+
+    @abc.abstractmethod
+    def _lay(self, case: int) -> None:
+        """Puts a case into the buffers of the check: NaN where there is no token, and in the outputs."""
+
+    @abc.abstractmethod
+    def _lengths(self, case: int) -> str:
+        """A case's lengths, for the note of a fault."""
+
+    @abc.abstractmethod
+    def _results(self, case: int) -> tuple[Any, Any]:
+        """(out, lse or None): the rows to compare. Raises Fault where something else is written."""
+
+    def check(self, run: Run) -> float:
+        """The relative L2 error of the worst row of all cases. Raises Fault where one is not as it should be."""
+        import torch
+
+        from mla_jit.tuning import bench
+
+        def once(inputs: Any) -> Any:
+            run(inputs)
+            return self._call["out"]
+
+        self._lay(0)
+        graph = bench.graph_of(once, [self._checked]) if self.on_gpu else None
+        worst = 0.0
+        for case in range(len(self._cases)):
+            self._lay(case)
+            run.workspace.fill_(255)  # NaN
+            if graph is None:
+                once(self._checked)
+            else:
+                graph.replay()
+                torch.cuda.synchronize()
+            worst = max(worst, self._judge(case))
+        return worst
+
+    def _judge(self, case: int) -> float:
+        import torch
+
+        lens, (want, want_lse) = self._lengths(case), self._wanted[case]
+        out, lse = self._results(case)
+        if out.isnan().any() or (lse is not None and lse.isnan().any()):
+            raise Fault("nan", f"NaN in the {'output' if out.isnan().any() else 'LSE'} with {lens}")
+        error = float(((out.double() - want).norm(dim=-1) / want.double().norm(dim=-1).clamp_min(1e-30)).max())
+        p = self.problem
+        limit = max(dtypes.tolerance(p.q_dtype, p.kv_dtype), DTYPES[p.out_dtype].rel_l2)
+        if not error <= limit:
+            raise Fault("wrong", f"relative L2 error {error:.2e} (limit {limit:.0e}) with {lens}")
+        if lse is not None:
+            off = float(torch.where(lse == want_lse, 0.0, (lse - want_lse).abs()).max())
+            if not off <= dtypes.LSE_ATOL:
+                raise Fault("wrong", f"LSE off by {off:.2e} (limit {dtypes.LSE_ATOL:.0e}) with {lens}")
+        return error
+
+    def time(self, run: Run, rounds: int, window_ms: float) -> list[float]:
+        """µs a call, by round; see candidate.POLICY."""
+        from mla_jit.tuning import bench
+
+        if self.on_gpu:
+            graph = bench.graph_of(run, self._sets)  # type: ignore[arg-type]
+            return bench.time_alternating({"": graph}, len(self._sets), rounds=rounds, min_ms=window_ms)[""]
+        turn = itertools.cycle(self._sets)
+        run(next(turn))
+        times = []
+        for _ in range(rounds):
+            calls, started = 0, time.perf_counter()
+            while calls == 0 or time.perf_counter() - started < window_ms * 1e-3:
+                run(next(turn))
+                calls += 1
+            times.append((time.perf_counter() - started) / calls * 1e6)
+        return times
+
+
+class DecodeStand(Stand):
+    """A decode problem's tensors on a device, made once for all its candidates.
 
     One cache of random values serves the sets. The check has a copy of it, the page table and the outputs in buffers of
     their own, filled anew for each case (`_lay`), so that a graph captured on the first case can be replayed on all.
@@ -283,64 +372,8 @@ class Stand:
         out, lse = reference.decode(q, kv, **keywords)
         return out.float(), lse.float()
 
-    def check(self, run: Run) -> float:
-        """The relative L2 error of the worst row of all cases. Raises Fault where one is not as it should be."""
-        import torch
+    def _lengths(self, case: int) -> str:
+        return f"lengths {', '.join(map(str, self._cases[case][:4]))}"
 
-        from mla_jit.tuning import bench
-
-        def once(inputs: Any) -> Any:
-            run(inputs)
-            return self._call["out"]
-
-        self._lay(0)
-        graph = bench.graph_of(once, [self._checked]) if self.on_gpu else None  # type: ignore[list-item]
-        worst = 0.0
-        for case, lens in enumerate(self._cases):
-            self._lay(case)
-            run.workspace.fill_(255)  # NaN
-            if graph is None:
-                once(self._checked)
-            else:
-                graph.replay()
-                torch.cuda.synchronize()
-            worst = max(worst, self._judge(case, f"lengths {', '.join(map(str, lens[:4]))}"))
-        return worst
-
-    def _judge(self, case: int, lens: str) -> float:
-        import torch
-
-        out, lse, (want, want_lse) = self._call["out"].double(), self._call.get("lse"), self._wanted[case]
-        if out.isnan().any() or (lse is not None and lse.isnan().any()):
-            raise Fault("nan", f"NaN in the {'output' if out.isnan().any() else 'LSE'} with {lens}")
-        error = float(((out - want).norm(dim=-1) / want.double().norm(dim=-1).clamp_min(1e-30)).max())
-        p = self.problem
-        limit = max(dtypes.tolerance(p.q_dtype, p.kv_dtype), DTYPES[p.out_dtype].rel_l2)
-        if not error <= limit:
-            raise Fault("wrong", f"relative L2 error {error:.2e} (limit {limit:.0e}) with {lens}")
-        if lse is not None:
-            off = float(torch.where(lse == want_lse, 0.0, (lse - want_lse).abs()).max())
-            if not off <= dtypes.LSE_ATOL:
-                raise Fault("wrong", f"LSE off by {off:.2e} (limit {dtypes.LSE_ATOL:.0e}) with {lens}")
-        return error
-
-    def time(self, run: Run, rounds: int, window_ms: float) -> list[float]:
-        """µs a call, by round; see POLICY."""
-        from mla_jit.tuning import bench
-
-        if self.on_gpu:
-            graph = bench.graph_of(run, self._sets)  # type: ignore[arg-type]
-            return bench.time_alternating({"": graph}, len(self._sets), rounds=rounds, min_ms=window_ms)[""]
-        turn = itertools.cycle(self._sets)
-        run(next(turn))
-        times = []
-        for _ in range(rounds):
-            calls, started = 0, time.perf_counter()
-            while calls == 0 or time.perf_counter() - started < window_ms * 1e-3:
-                run(next(turn))
-                calls += 1
-            times.append((time.perf_counter() - started) / calls * 1e6)
-        return times
-
-
-_kept: dict[Any, Stand] = {}  # at most one: a problem's candidates come one after the other
+    def _results(self, case: int) -> tuple[Any, Any]:
+        return self._call["out"], self._call.get("lse")

@@ -297,7 +297,7 @@ class _Sweep:
         kind = _but_lengths(problem)
         with self.lock:
             if kind not in self.families:
-                fields = {name: value for name, value in problem.fields().items() if name not in _OF_LENGTHS}
+                fields = {name: value for name, value in problem.fields().items() if name not in problem.LENGTHS}
                 rows = self.current(self.store.best(**fields, **self.place))
                 found = {row.problem: row.config for row in rows if row.effort == LAST}
                 mine = {p: config for p, config in self.winners.items() if _but_lengths(p) == kind}
@@ -373,15 +373,12 @@ class _Sweep:
         )  # fmt: skip
 
 
-_OF_LENGTHS = ("max_kv_len", "total_kv", "mix")
-
-
 def _but_lengths(problem: DecodeProblem) -> DecodeProblem:
-    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, mix=MIXES[0])
+    return dataclasses.replace(problem, **problem.LENGTHS)
 
 
 def _but_batch(problem: DecodeProblem) -> DecodeProblem:
-    return dataclasses.replace(problem, max_kv_len=0, total_kv=None, mix=MIXES[0], batch=0)
+    return dataclasses.replace(problem, **problem.LENGTHS, batch=0)
 
 
 def _apart(a: DecodeProblem, b: DecodeProblem) -> float:
