@@ -42,6 +42,19 @@ Parts = tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
+    if (reason := _unlisted(p, target, config)) is not None:
+        return reason
+    if UNIT % config.int("block_n"):
+        return f"a tile of {config.int('block_n')} tokens does not divide the {UNIT} of a work list's tile"
+    if config["fold"] and target.triton[:1] == ("hip",):
+        return (
+            "fold: this backend's barrier does not wait for the stores of a program's other waves, the count needs it"
+        )
+    return splitk._refuses(p, target, _like(config))
+
+
+def _unlisted(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """Why no work list can serve the problem, or None."""
     if p.scheduler == "split":
         return "split slots are asked for"
     if p.num_kv_splits is not None:
@@ -50,13 +63,7 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return "batch_invariant: a work list depends on the whole batch"
     if (p.batch + groups(p, target, config)) * max(p.rows, 1) * p.num_kv_heads >= 2**31:
         return "batch × rows exceeds the largest grid (2^31)"
-    if UNIT % config.int("block_n"):
-        return f"a tile of {config.int('block_n')} tokens does not divide the {UNIT} of a work list's tile"
-    if config["fold"] and target.triton[:1] == ("hip",):
-        return (
-            "fold: this backend's barrier does not wait for the stores of a program's other waves, the count needs it"
-        )
-    return splitk._refuses(p, target, _like(config))
+    return None
 
 
 def _like(config: Config) -> Config:
