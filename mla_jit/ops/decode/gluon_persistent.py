@@ -55,6 +55,14 @@ def _tokens(b, qo_indptr_ptr, max_q_len):
 
 
 @gluon.jit
+def _place(max_q_len, G: gl.constexpr, NUM_KV_HEADS: gl.constexpr):
+    """(block of rows, KV head, group) of this program, each time anew: no register is kept for them."""
+    row_blocks = gl.cdiv(max_q_len * G, 64)
+    pid = gl.program_id(0) + _zero()
+    return pid % row_blocks, (pid // row_blocks) % NUM_KV_HEADS, pid // (row_blocks * NUM_KV_HEADS)
+
+
+@gluon.jit
 def _produce_listed(kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, groups_ptr, info_ptr, table_stride,
                     max_q_len, group, row_block, kv_col, pe_col, k_smem, full, empty,
                     G: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
@@ -63,8 +71,8 @@ def _produce_listed(kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, 
     HALF: gl.constexpr = BOXES // 2
     STAGE: gl.constexpr = BOXES + (1 if R > 0 else 0)
     TILES: gl.constexpr = PAGE // 64
-    used0 = group * 0  # of buffer 0, and 1
-    used1 = group * 0
+    used0 = gl.to_tensor(0)  # of buffer 0, and 1
+    used1 = gl.to_tensor(0)
     for piece in range(gl.load(groups_ptr + group), gl.load(groups_ptr + group + 1)):
         b = gl.load(info_ptr + 4 * piece)
         first_tile = gl.load(info_ptr + 4 * piece + 1)
@@ -105,7 +113,7 @@ def _produce_listed(kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, 
 def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr,
                     out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
                     q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len,
-                    group, row_block, kvh, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+                    cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
                     q_smem, k_smem, m_smem, full, empty, ready, sync,
                     G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr,
                     MASKED: gl.constexpr, CAP: gl.constexpr, CP: gl.constexpr, HAS_LENS: gl.constexpr,
@@ -128,10 +136,10 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
     SMEM: gl.constexpr = k_smem.layout
     dtype: gl.constexpr = k_smem.dtype
 
-    used0 = group * 0  # of buffer 0, and 1
-    used1 = group * 0
-    turn = group * 0
+    _, _, group = _place(max_q_len, G, NUM_KV_HEADS)
+    phases = gl.to_tensor(0)  # bits: of the barriers of buffer 0, of buffer 1, of those of a piece
     for piece in range(gl.load(groups_ptr + group), gl.load(groups_ptr + group + 1)):
+        row_block, kvh, _ = _place(max_q_len, G, NUM_KV_HEADS)
         b = gl.load(info_ptr + 4 * piece)
         first_tile = gl.load(info_ptr + 4 * piece + 1)
         last_tile = gl.load(info_ptr + 4 * piece + 2)
@@ -139,7 +147,8 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
         q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
         if (parts > 0) & (row_block * 64 < q_len * G):
             # q: each consumer brings its half of the boxes; all loads are on their way before the first store
-            rows = row_block * 64 + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
+            first_row = row_block * 64 + _zero()  # so that nothing of it is kept in registers from piece to piece
+            rows = first_row + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
             cols = gl.arange(0, 64, gl.SliceLayout(0, ROWS))
             q_ok = gl.expand_dims(rows < q_len * G, 1)
             q_tok = (q_first + rows // G).to(gl.int64)
@@ -152,9 +161,9 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
                 pe_at = gl.expand_dims(q_tok * q_pe_stride_t + q_head * q_pe_stride_h, 1) + gl.expand_dims(cols, 0)
                 q = q + (gl.load(q_pe_ptr + pe_at, mask=q_ok, other=0.0),)  # noqa: RUF005
             for i in gl.static_range(HALF):
-                q_smem.index(own * HALF + i).store(q[i])
+                q_smem.index(_zero() + own * HALF + i).store(q[i])
             if R > 0 and own == 0:
-                q_smem.index(BOXES).store(q[HALF])
+                q_smem.index(_zero() + BOXES).store(q[HALF])
             fence_async_shared()
             _barrier()
             mbarrier.arrive(sync[0], count=1)
@@ -162,7 +171,7 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
             length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
             kv_end = gl.minimum(_visible(length, cp_rank, cp_world, CP), last_tile * 64)
             clear_end = kv_end  # every row sees the tokens below it
-            offs = row_block * 64 + gl.arange(0, 64, S_ROW)
+            offs = first_row + gl.arange(0, 64, S_ROW)
             row_end = gl.full([64], 0, gl.int32, S_ROW) + kv_end
             if MASKED:
                 clear = _visible(length - q_len + 1 + row_block * 64 // G, cp_rank, cp_world, CP)
@@ -175,13 +184,12 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
             m = gl.full([64], -1.0e30, gl.float32, S_ROW)  # finite: a row that has seen nothing yet has P = 0 and l = 0
             l = gl.zeros([64], gl.float32, S_ROW)
             m_all = gl.full([64], -1.0e30, gl.float32, gl.BlockedLayout([2], [32], [4], [0]))
-            mbarrier.wait(sync[0], turn & 1)
+            mbarrier.wait(sync[0], (phases >> 2) & 1)
 
-            pairs = (last_tile - first_tile) // 2
-            for j in range(pairs):
-                phase0 = (used0 + j) & 1
-                phase1 = (used1 + j) & 1
-                n0 = (first_tile + 2 * j + own) * 64
+            for first_token in range(first_tile * 64, (last_tile - 1) * 64, 128):  # of a pair of tiles
+                phase0 = phases & 1
+                phase1 = (phases >> 1) & 1
+                n0 = first_token + own * 64
                 # so descriptors are computed here, not kept in registers that the loop has not
                 z = _zero()
                 v_own = k_smem.index(z + own * (BOXES + 1) + own * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
@@ -224,51 +232,60 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
                     acc = warpgroup_mma(p, v_own, acc, is_async=True)
                     acc, p = warpgroup_mma_wait(0, deps=(acc, p))
                     _release(empty[3])
-            used0 += pairs
-            used1 += pairs
+                phases ^= 3
 
-            if first_tile + 2 * pairs < last_tile:  # an odd tile, in buffer 0
-                phase = used0 & 1
-                v_last = k_smem.index(own * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
+            # read again, here and below, so that they need not be kept while tiles are multiplied
+            z = _zero()
+            first_tile = gl.load(info_ptr + 4 * (piece + z) + 1)
+            last_tile = gl.load(info_ptr + 4 * (piece + z) + 2)
+            if (last_tile - first_tile) % 2 == 1:  # an odd tile, in buffer 0
+                phase = phases & 1
+                v_last = k_smem.index(z + own * HALF)._reinterpret(dtype, [64, WIDTH], SMEM)
                 if own == 0:
-                    s = _scores(0, phase, (first_tile + 2 * pairs) * 64, 0, q_smem, k_smem, full, kv_end, clear_end,
+                    s = _scores(0, phase, (last_tile - 1) * 64, z, q_smem, k_smem, full, kv_end, clear_end,
                                 row_end, qk_scale, logit_cap, BOXES, STAGE, S_LAYOUT, CAP)  # fmt: skip
-                    p, alpha, m, l = _weights(s, scale, m, l, k_smem.index(BOXES), m_smem[0], ready[0], LAZY)
+                    p, alpha, m, l = _weights(s, scale, m, l, k_smem.index(z + BOXES), m_smem[0], ready[0], LAZY)
                     acc = acc * gl.expand_dims(gl.convert_layout(alpha, O_ROW, assert_trivial=True), 1)
                 else:
                     mbarrier.wait(ready[0], phase)
                     m_new = m_smem[0].load(S_ROW)
                     acc, l = _rescale(acc, l, m, m_new, True, LAZY)
                     m = m_new
-                acc = warpgroup_mma(k_smem.index(BOXES), v_last, acc, is_async=True)
+                acc = warpgroup_mma(k_smem.index(z + BOXES), v_last, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
                 _release(empty[own])
-                used0 += 1
+                phases ^= 1
 
             # each has summed the weights of its own tiles
             m_smem[2 + own].store(l)
             _barrier()
             mbarrier.arrive(sync[1 + own], count=1)
-            mbarrier.wait(sync[1 + o], turn & 1)
-            turn += 1
+            mbarrier.wait(sync[1 + o], (phases >> 2) & 1)
+            phases ^= 4
             l += m_smem[2 + o].load(S_ROW)
+            z = _zero()
+            row_block, kvh, _ = _place(max_q_len, G, NUM_KV_HEADS)
+            b = gl.load(info_ptr + 4 * (piece + z))
+            whole = gl.load(info_ptr + 4 * (piece + z) + 3) == 1
+            q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
+            offs = row_block * 64 + z + gl.arange(0, 64, S_ROW)
             row_ok = offs < q_len * G
             tok = offs // G
             head = kvh * G + offs % G
             denominator = l
             if sinks_ptr is not None:
                 sink = gl.load(sinks_ptr + head, mask=row_ok, other=0.0) * LOG2E
-                if parts == 1:
+                if whole:
                     denominator += gl.exp2(gl.minimum(sink - m, 126.0))
             norm = gl.where(l > 0, v_scale / denominator, 0.0)
             lse = m + gl.log2(l)  # base 2; -inf for a row that saw nothing
             acc = acc * gl.expand_dims(gl.convert_layout(norm, O_ROW, assert_trivial=True), 1)
-            o_rows = row_block * 64 + gl.arange(0, 64, O_ROW)
+            o_rows = row_block * 64 + z + gl.arange(0, 64, O_ROW)
             o_ok = gl.expand_dims(o_rows < q_len * G, 1)
-            o_cols = gl.expand_dims(own * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, O_LAYOUT)), 0)
+            o_cols = gl.expand_dims(own * WIDTH + z + gl.arange(0, WIDTH, gl.SliceLayout(0, O_LAYOUT)), 0)
             o_tok = o_rows // G
             o_head = kvh * G + o_rows % G
-            if parts == 1:
+            if whole:
                 at = (q_first + o_tok).to(gl.int64) * out_stride_t + o_head * out_stride_h
                 gl.store(out_ptr + (gl.expand_dims(at, 1) + o_cols), acc.to(out_ptr.dtype.element_ty), mask=o_ok)
                 if HAS_LSE and own == 0:
@@ -299,11 +316,7 @@ def decode_persistent_gluon(
     HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """A program of a group: one block of rows of one KV head over all pieces of the group."""
-    row_blocks = gl.cdiv(max_q_len * G, 64)
-    pid = gl.program_id(0)
-    row_block = pid % row_blocks
-    kvh = (pid // row_blocks) % NUM_KV_HEADS
-    group = pid // (row_blocks * NUM_KV_HEADS)
+    row_block, kvh, group = _place(max_q_len, G, NUM_KV_HEADS)
     if q_scale_ptr is not None:
         qk_scale *= gl.load(q_scale_ptr)
     if kv_scale_ptr is not None:
@@ -332,15 +345,15 @@ def decode_persistent_gluon(
             (_consume_listed, (0, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr,
                                lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
                                q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-                               max_q_len, group, row_block, kvh, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
-                               lse_mul, q_smem, k_smem, m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE,
-                               MASKED, CAP, CP, HAS_LENS, HAS_LSE, LAZY)),
+                               max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
+                               m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE, MASKED, CAP, CP, HAS_LENS,
+                               HAS_LSE, LAZY)),
             (_consume_listed, (1, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr,
                                lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
                                q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-                               max_q_len, group, row_block, kvh, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
-                               lse_mul, q_smem, k_smem, m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE,
-                               MASKED, CAP, CP, HAS_LENS, HAS_LSE, LAZY)),
+                               max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
+                               m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE, MASKED, CAP, CP, HAS_LENS,
+                               HAS_LSE, LAZY)),
             (_produce_listed, (kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, groups_ptr, info_ptr,
                                table_stride, max_q_len, group, row_block, kv_col, pe_col, k_smem, full, empty, G, C, R,
                                PAGE)),
