@@ -63,6 +63,38 @@ def _place(max_q_len, G: gl.constexpr, NUM_KV_HEADS: gl.constexpr):
 
 
 @gluon.jit
+def _write_empty(own: gl.constexpr, batch, qo_indptr_ptr, out_ptr, lse_ptr, sums_ptr, out_stride_t, out_stride_h,
+                 lse_stride_t, lse_stride_h, max_q_len,
+                 G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, C: gl.constexpr, HAS_LSE: gl.constexpr):  # fmt: skip
+    """A consumer's half of what _write_empty of triton_persistent.py writes, for the same sequences."""
+    FLAGS: gl.constexpr = 32
+    WIDTH: gl.constexpr = C // 2
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    row_block, kvh, group = _place(max_q_len, G, NUM_KV_HEADS)
+    groups = gl.num_programs(0) // (gl.cdiv(max_q_len * G, 64) * NUM_KV_HEADS)
+    offs = gl.arange(0, FLAGS, gl.BlockedLayout([1], [32], [4], [0]))  # every warp has all
+    rows = row_block * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+    columns = gl.expand_dims(own * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), 0)
+    nothing = gl.zeros([64, WIDTH], out_ptr.dtype.element_ty, LAYOUT)
+    for b0 in range(group, batch, groups * FLAGS):
+        b = b0 + groups * offs
+        parts = gl.load(sums_ptr + 3 * b + 1, mask=b < batch, other=1)
+        found = gl.sum(gl.where(parts == 0, 1, 0) << offs, 0)  # a bit a sequence
+        if found != 0:
+            for k in range(FLAGS):
+                if ((found >> k) & 1) != 0:
+                    q_first, q_len = _tokens(b0 + groups * k, qo_indptr_ptr, max_q_len)
+                    ok = rows < q_len * G
+                    tok = (q_first + rows // G).to(gl.int64)
+                    head = kvh * G + rows % G
+                    at = gl.expand_dims(tok * out_stride_t + head * out_stride_h, 1)
+                    gl.store(out_ptr + (at + columns), nothing, mask=gl.expand_dims(ok, 1))
+                    if HAS_LSE and own == 0:
+                        lse = gl.full([64], float("-inf"), gl.float32, rows.type.layout)
+                        gl.store(lse_ptr + (tok * lse_stride_t + head * lse_stride_h), lse, mask=ok)
+
+
+@gluon.jit
 def _produce_listed(kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, groups_ptr, info_ptr, table_stride,
                     max_q_len, group, row_block, kv_col, pe_col, k_smem, full, empty,
                     G: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr):  # fmt: skip
@@ -111,9 +143,9 @@ def _produce_listed(kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, 
 
 @gluon.jit
 def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr,
-                    out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
-                    q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len,
-                    cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+                    out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, sums_ptr, q_stride_t, q_stride_h,
+                    q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch,
+                    max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
                     q_smem, k_smem, m_smem, full, empty, ready, sync,
                     G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, C: gl.constexpr, R: gl.constexpr, PAGE: gl.constexpr,
                     MASKED: gl.constexpr, CAP: gl.constexpr, CP: gl.constexpr, HAS_LENS: gl.constexpr,
@@ -136,6 +168,8 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
     SMEM: gl.constexpr = k_smem.layout
     dtype: gl.constexpr = k_smem.dtype
 
+    _write_empty(own, batch, qo_indptr_ptr, out_ptr, lse_ptr, sums_ptr, out_stride_t, out_stride_h, lse_stride_t,
+                 lse_stride_h, max_q_len, G, NUM_KV_HEADS, C, HAS_LSE)  # fmt: skip
     _, _, group = _place(max_q_len, G, NUM_KV_HEADS)
     phases = gl.to_tensor(0)  # bits: of the barriers of buffer 0, of buffer 1, of those of a piece
     for piece in range(gl.load(groups_ptr + group), gl.load(groups_ptr + group + 1)):
@@ -307,10 +341,10 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
 def decode_persistent_gluon(
     q_ptr, q_pe_ptr, kv_desc, kpe_desc,
     table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
-    out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, sums_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h, kv_stride_head, kpe_stride_head, table_stride,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+    batch, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
     G: gl.constexpr, NUM_KV_HEADS: gl.constexpr, MULTI: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
     PAGE: gl.constexpr, LAZY: gl.constexpr, CAUSAL: gl.constexpr, CAP: gl.constexpr, CP: gl.constexpr,
     HAS_LENS: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
@@ -343,15 +377,15 @@ def decode_persistent_gluon(
     gl.warp_specialize(
         [
             (_consume_listed, (0, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr,
-                               lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
+                               lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, sums_ptr, q_stride_t, q_stride_h,
                                q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-                               max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
+                               batch, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
                                m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE, MASKED, CAP, CP, HAS_LENS,
                                HAS_LSE, LAZY)),
             (_consume_listed, (1, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr,
-                               lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, q_stride_t, q_stride_h,
+                               lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, sums_ptr, q_stride_t, q_stride_h,
                                q_pe_stride_t, q_pe_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-                               max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
+                               batch, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem,
                                m_smem, full, empty, ready, sync, G, NUM_KV_HEADS, C, R, PAGE, MASKED, CAP, CP, HAS_LENS,
                                HAS_LSE, LAZY)),
             (_produce_listed, (kv_desc, kpe_desc, table_ptr, kv_indptr_ptr, qo_indptr_ptr, groups_ptr, info_ptr,

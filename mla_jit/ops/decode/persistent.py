@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import splitk
 from mla_jit.ops.variant import Cost, Variant
@@ -31,7 +32,7 @@ _MORE_POINTERS = (
 _LISTS = ("groups", "info", "sums", "arrivals")  # the work list, int32 buffers in the workspace
 _OWN = ("overhead", "waves", "fold")  # tunables that decode_splitk_triton does not have
 _COMBINE_POINTERS = ("qo_indptr", "sinks", "out", "lse", "part", "part_lse")
-_INTS = ("max_q_len", "cp_rank", "cp_world")
+_INTS = ("batch", "max_q_len", "cp_rank", "cp_world")
 _CONSTANTS = (
     "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_R", "STAGES", "TMA",
     "MASKED_FIRST", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE", "COMPUTE", "DECODE", "Q_DECODE", "QK_NATIVE",
@@ -73,8 +74,17 @@ def _like(config: Config) -> Config:
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
-    """The tiles of decode_splitk_triton; what a piece costs beside its tiles is about five of a list's."""
+    """The tiles of decode_splitk_triton, or smaller ones; what a piece costs beside its tiles is about five of a list's.
+
+    Smaller where the loop over pieces would make blocks of 64 rows spill more than is legal (2700 bytes with fp8 q,
+    2050 with several query tokens of such heads that dividing by their number takes a multiplication).
+    """
     like = splitk.default(p, target)
+    if like.int("block_m") == 64:
+        if DTYPES[p.q_dtype].bits == 8:
+            like = like.replace(block_m=32, block_n=32, masked_first=True)
+        elif p.q_len > 1 and p.gqa_ratio & (p.gqa_ratio - 1):
+            like = like.replace(block_n=32)
     kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}
     return Config.of(NAME, **kept, overhead=5, waves=1, fold=False)
 
@@ -128,8 +138,8 @@ def _walk(p: DecodeProblem, target: Target, config: Config) -> Parts:
     kept = {k: v for k, v in constants.items() if k in _CONSTANTS or v is None}
     fold = bool(config["fold"])
     kept |= {"UNIT": UNIT, "LEAST_M": _LEAST_M, "FOLD": fold, "ROWS": _fold_rows(p, config) if fold else 0}
-    kept |= {} if fold else {"sums_ptr": None, "arrivals_ptr": None}
-    return kept, pointers + _lists(p, _LISTS if fold else ("groups", "info")) + strides + scalars
+    kept |= {} if fold else {"arrivals_ptr": None}
+    return kept, pointers + _lists(p, _LISTS if fold else _LISTS[:3]) + strides + scalars
 
 
 def _fold_rows(p: DecodeProblem, config: Config) -> int:

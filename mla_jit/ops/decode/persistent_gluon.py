@@ -24,7 +24,7 @@ _PATH = str(Path(__file__).with_name("gluon_persistent.py"))
 _CONSTANTS = (
     "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE",
 )  # fmt: skip
-_ABSENT = ("sums_ptr", "arrivals_ptr")  # parameters of decode_persistent that serve its `fold` alone
+_WITHOUT = (*gluon._WITHOUT, "arrivals_ptr")  # parameters of decode_persistent that this kernel does not take
 
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
@@ -55,7 +55,7 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
     for name, kind, arg in persistent._walk(p, target, _like(config))[1]:
         if arg.kind == "tma":
             kind, arg = gluon._boxed(p, arg)
-        if name not in gluon._WITHOUT:
+        if name not in _WITHOUT:
             found.append((name, kind, arg))
     return found
 
@@ -64,7 +64,7 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     """What walks the list; then what makes it, and the combine."""
     like, *rest = persistent.sources(p, target, _like(config))
     constants: dict[str, Scalar] = {
-        k: v for k, v in like.constants if k in _CONSTANTS or (v is None and k not in _ABSENT)
+        k: v for k, v in like.constants if k in _CONSTANTS or (v is None and k not in _WITHOUT)
     }
     constants |= {"LAZY": bool(config["lazy"]), "REGISTERS": gluon._REGISTERS}
     options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
