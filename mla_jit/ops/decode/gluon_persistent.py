@@ -57,7 +57,7 @@ def _tokens(b, qo_indptr_ptr, max_q_len):
 @gluon.jit
 def _place(max_q_len, G: gl.constexpr, NUM_KV_HEADS: gl.constexpr):
     """(block of rows, KV head, group) of this program, each time anew: no register is kept for them."""
-    row_blocks = gl.cdiv(max_q_len * G, 64)
+    row_blocks = gl.cdiv((max_q_len + _zero()) * G, 64)
     pid = gl.program_id(0) + _zero()
     return pid % row_blocks, (pid // row_blocks) % NUM_KV_HEADS, pid // (row_blocks * NUM_KV_HEADS)
 
@@ -71,10 +71,10 @@ def _write_empty(own: gl.constexpr, batch, qo_indptr_ptr, out_ptr, lse_ptr, sums
     WIDTH: gl.constexpr = C // 2
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row_block, kvh, group = _place(max_q_len, G, NUM_KV_HEADS)
-    groups = gl.num_programs(0) // (gl.cdiv(max_q_len * G, 64) * NUM_KV_HEADS)
-    offs = gl.arange(0, FLAGS, gl.BlockedLayout([1], [32], [4], [0]))  # every warp has all
+    groups = gl.num_programs(0) // (gl.cdiv((max_q_len + _zero()) * G, 64) * NUM_KV_HEADS)
+    offs = _zero() + gl.arange(0, FLAGS, gl.BlockedLayout([1], [32], [4], [0]))  # every warp has all
     rows = row_block * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    columns = gl.expand_dims(own * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), 0)
+    columns = gl.expand_dims(own * WIDTH + _zero() + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), 0)
     nothing = gl.zeros([64, WIDTH], out_ptr.dtype.element_ty, LAYOUT)
     for b0 in range(group, batch, groups * FLAGS):
         b = b0 + groups * offs
