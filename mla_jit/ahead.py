@@ -16,7 +16,7 @@ from mla_jit import plan
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.compile.farm import Farm, Result
 from mla_jit.errors import MlaJitError, NoVariant
-from mla_jit.problem import DecodeProblem, Problem, bucket
+from mla_jit.problem import DecodeProblem, PrefillProblem, Problem, bucket
 from mla_jit.target import Target
 
 
@@ -95,6 +95,22 @@ def of_any_size(
             known[alike] = _sizes(alike, target, max_batch)
         for batch, length in known[alike]:
             yield dataclasses.replace(problem, batch=batch, max_kv_len=length)
+
+
+_QUERIES = (64, 128)  # longest q of a sequence: up to the one blocks are lower
+_BATCHES = (1, 2, 257, 4097, 65537)  # from which on a sequence is looked for in more steps
+
+
+def prompts_of_any_size(
+    problems: Iterable[PrefillProblem], *, max_batch: int = MAX_BATCH
+) -> Iterator[PrefillProblem]:  # fmt: skip
+    """Each problem with both schedulers, in as many sizes as it takes to need every kernel that any size needs."""
+    batches = [n for n in _BATCHES if n <= max_batch]
+    for problem, q_len, batch in itertools.product(problems, _QUERIES, batches):
+        for scheduler in ("tiles", "persistent"):
+            yield dataclasses.replace(
+                problem, q_len=q_len, total_q=q_len * batch, batch=batch, scheduler=scheduler
+            )  # fmt: skip
 
 
 def _sizes(problem: DecodeProblem, target: Target, max_batch: int) -> list[tuple[int, int]]:

@@ -259,7 +259,7 @@ def _resolve(
     if metadata is not None:
         _check_metadata(metadata, executable, device)
     out_dtype = getattr(torch, DTYPES[problem.out_dtype].torch)
-    empty = 0 in inputs.out_shape or 0 in (getattr(problem, "batch", 1), getattr(problem, "q_len", 1))
+    empty = 0 in (*inputs.out_shape, *(getattr(problem, name, 1) for name in ("batch", "q_len", "groups")))
     bound: Bound | None = None
     spec: tuple[tuple[int, int], ...] = ()
     floats: tuple[float, ...] = ()

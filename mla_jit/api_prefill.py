@@ -10,6 +10,7 @@ from torch import Tensor
 from mla_jit import api, target
 from mla_jit.errors import InvalidInput
 from mla_jit.ops.merge.inputs import merge_inputs
+from mla_jit.ops.merge.reduce import reduce_inputs
 from mla_jit.ops.prefill.inputs import PrefillInputs, prefill_inputs
 from mla_jit.plan import Executable
 
@@ -204,3 +205,31 @@ def merge_state(
         inputs = merge_inputs(out_a, lse_a, out_b, lse_b, out=out, lse=lse, lse_base=lse_base)
         host(call.executable.problem, call.executable.config, inputs)
     return out, lse
+
+
+_PARTIALS = ("part", "part_lse", "indptr", "final_map", "partial_map", "out")  # the operands of a reduction
+
+
+def _place_partial(name: str, offset: int, inputs: Any, executable: Executable) -> tuple[int, int]:
+    return _PARTIALS.index(name), offset
+
+
+def reduce_partials(
+    part: Tensor, part_lse: Tensor, indptr: Tensor, final_map: Tensor, partial_map: Tensor, out: Tensor, tile_q: int
+) -> Tensor:
+    """Sums listed partial states into `out`, which is returned: what `compat.aiter.mla_prefill_reduce` describes."""
+    operands = (part, part_lse, indptr, final_map, partial_map, out)
+    try:
+        key = "reduce", *map(api._out_key, operands), tile_q
+    except (AttributeError, TypeError) as error:
+        raise InvalidInput(f"partials and lists must be tensors: {error}") from error
+    call = api._calls.get(key)
+    if call is None:
+        call = api._resolve(key, reduce_inputs(*operands, tile_q), place=_place_partial)
+    api._last = call.dispatch
+    if call.bound is not None:
+        pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
+        call.bound.run(pointers, call.floats, call.stream_of(call.device))
+    elif (host := call.executable.variant.host) is not None and out.numel():
+        host(call.executable.problem, call.executable.config, reduce_inputs(*operands, tile_q))
+    return out

@@ -22,7 +22,7 @@ from mla_jit.errors import InvalidInput
 
 if TYPE_CHECKING:
     from mla_jit import ahead, explain, quickstart
-    from mla_jit.problem import DecodeProblem
+    from mla_jit.problem import DecodeProblem, PrefillProblem
     from mla_jit.target import Target
 
 
@@ -145,6 +145,13 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 )
 @click.option("--max-batch", type=click.IntRange(1), default=1024, show_default=True, help="Most sequences a call.")
 @click.option(
+    "--op",
+    type=click.Choice(["decode", "prefill", "all"]),
+    default="decode",
+    show_default=True,
+    help="Which op's kernels; prefill: un-absorbed, causal and not, by both schedulers, and merge_state.",
+)
+@click.option(
     "--sms",
     type=click.IntRange(1),
     help="SMs or CUs of the device, where it is not the product that the target's row names.",
@@ -156,13 +163,13 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 def _compile(
     target: tuple[str, ...], model: str, tp: int, dtype: tuple[str, ...], page_size: tuple[int, ...],
     q_len: tuple[int, ...], paging: tuple[str, ...], lse: str, ragged: str, scales: str, causal: bool,
-    batch_invariant: bool, max_batch: int, sms: int | None, max_kv_len: int | None, jobs: int | None, verbose: bool,
-    as_json: bool,
+    batch_invariant: bool, max_batch: int, op: str, sms: int | None, max_kv_len: int | None, jobs: int | None,
+    verbose: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Compile every kernel that serving a model needs, into the cache. Needs no GPU.
 
-    Afterwards a process in strict mode with the same Triton finds a kernel for each decode call of the given
-    properties, whatever the batch and the lengths up to the limits.
+    Afterwards a process in strict mode with the same Triton finds a kernel for each call of the given properties,
+    whatever the batch and the lengths up to the limits.
     """
     from mla_jit import ahead, models
     from mla_jit import target as targets
@@ -172,6 +179,12 @@ def _compile(
     plans: list[ahead.Plan] = []
     for there in [targets.by_name(name) for name in target] or [targets.here()]:
         there = there if sms is None else dataclasses.replace(there, sms=sms)
+        if op != "decode":
+            prompts = models.prefill_problems(row, there, tp=tp, dtypes=dtype or None, lse=which[lse], scales=scales)
+            plans.append(ahead.jobs_of(ahead.prompts_of_any_size(prompts, max_batch=max_batch), there))
+            plans.append(ahead.jobs_of(models.merge_problems(row, there, tp=tp, dtypes=dtype or None), there))
+        if op == "prefill":
+            continue
         kinds = models.decode_problems(
             row, there, tp=tp, dtypes=dtype or None, page_sizes=page_size, q_lens=q_len, pagings=paging, lse=which[lse],
             ragged=which[ragged], scales=scales, causal=causal, batch_invariant=batch_invariant,
@@ -307,10 +320,13 @@ def _show_compiled(built: list[ahead.Built], refused: dict[str, str], seconds: f
 @click.option("--sinks", is_flag=True, help="Attention sinks are given.")
 @click.option("--kv-scale", is_flag=True, help="kv_scale is a device tensor.")
 @click.option("--q-scale", is_flag=True, help="q_scale is a device tensor.")
+@click.option(
+    "--prefill", is_flag=True, help="A prompt, un-absorbed: --q-len and --max-kv-len a sequence, the model's own dims."
+)
 @click.option("--build/--no-build", default=True, show_default=True, help="Compile kernels that are not in the cache.")
 @verb
 def _explain(target: str | None, build: bool, as_json: bool, **options: Any) -> int:
-    """Say which kernel serves a decode problem, with which config, from where, and why no other.
+    """Say which kernel serves a problem, with which config, from where, and why no other.
 
     Of a config from the tuning database: its time beside the default's and the runner-up's, and where the row is of
     another problem, how the two differ.
@@ -319,12 +335,34 @@ def _explain(target: str | None, build: bool, as_json: bool, **options: Any) -> 
     from mla_jit import target as targets
 
     there = targets.by_name(target) if target is not None else targets.here()
-    found = explain.explain(_problem(there, **options), there, build=build)
+    asked = _prompt(there, **options) if options.pop("prefill") else _problem(there, **options)
+    found = explain.explain(asked, there, build=build)
     if as_json:
         print_json(found.to_json())
     else:
         _show_explanation(found)
     return DONE if found.ok else SHORT
+
+
+def _prompt(
+    there: Target, model: str | None, tp: int, q_len: int, batch: int, max_kv_len: int, causal: bool, lse: bool,
+    soft_cap: bool, dtype: str, q_scale: bool, kv_scale: bool, **_: Any,
+) -> PrefillProblem:  # fmt: skip
+    from mla_jit import models
+    from mla_jit.dtypes import DTYPES
+    from mla_jit.problem import PrefillProblem, bucket, rounded
+
+    if model is None:
+        raise InvalidInput("--prefill needs --model, which gives heads and dims")
+    row = models.by_name(model)
+    q, kv = models.dtypes_on(dtype, there)
+    return PrefillProblem(
+        num_heads=row.local_heads(tp), num_kv_heads=row.local_heads(tp), qk_dim=row.nope_dim + row.rope_dim,
+        v_dim=row.v_dim, q_dtype=q, kv_dtype=kv, out_dtype="bf16" if DTYPES[q].bits == 8 else q, causal=causal,
+        soft_cap=soft_cap, lse=lse, q_scale=q_scale, k_scale=kv_scale, v_scale=kv_scale, batch=batch,
+        q_len=rounded(q_len), total_q=rounded(batch * q_len), max_kv_len=bucket(max_kv_len),
+        total_kv=bucket(batch * max_kv_len), hinted=True,
+    )  # fmt: skip
 
 
 def _problem(

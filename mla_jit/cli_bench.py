@@ -36,6 +36,12 @@ _GRIDS = {
         ("shape", "shape", "<34"), ("scheduler", "scheduler", "<10"), *_TIMES, ("aim_us", "aim", ">7.1f"),
         ("error", "error", ">8.1e"),
     ),
+    "prefill": (
+        ("shape", "shape", "<30"), ("ours_us", "ours us", ">9.0f"), ("low_us", "low", ">8.0f"),
+        ("high_us", "high", ">8.0f"), ("tflops", "TFLOP/s", ">8.0f"), ("cudnn_us", "cuDNN us", ">9.0f"),
+        ("cudnn_tflops", "TFLOP/s", ">8.0f"), ("score", "score", ">6.2f"), ("error", "error", ">8.1e"),
+        ("variant", "variant", ""),
+    ),
     "databases": (
         _SHAPE, ("tuned_us", "tuned us", ">9.1f"), ("untuned_us", "untuned us", ">10.1f"),
         ("best_us", "best peer", ">9.1f"), ("tuned_score", "score", ">6.2f"),
@@ -100,6 +106,7 @@ def bench(
     q2          two query tokens
     capture     graphs captured at the table's capacity, against the exact max_kv_len
     ragged      uneven lengths by both schedulers, the list made in each call; the kernel that makes it; empty sequences
+    prefill     prompts, causal and not, beside cuDNN through torch's attention; uneven ones beside equal ones
     databases   the shapes of peers with the tuning databases and without any; then shapes that they do not hold
     quality     the tuner's auto search against the exhaustive one; takes long
     neighbours  shapes that the databases do not hold: the nearest row's config, the default, others' rules for splits,
@@ -193,7 +200,7 @@ def _rows(
 ) -> Iterable[Any]:  # fmt: skip
     """The rows, as they come; `seconds` of what took long."""
     from mla_jit import api
-    from mla_jit.tuning import grids, overhead
+    from mla_jit.tuning import grids, overhead, prefill_grid
 
     if what == "host":
         return overhead.host_rows(runs=runs)
@@ -203,6 +210,8 @@ def _rows(
         return grids.capture_rows(api.decode, runs=runs)
     if what == "ragged":
         return grids.ragged_rows(api.decode, runs=runs)
+    if what == "prefill":
+        return prefill_grid.rows(runs=runs)
     if what == "databases":
         return grids.database_rows(api.decode, against, grid=grids.peers_grid(1, device), runs=runs, hinted=hinted)
     if what in _PROOFS:
@@ -235,6 +244,8 @@ def _figures(what: str, rows: list[Any], seconds: dict[str, float]) -> list[Figu
         return grids.capture_figures(rows)
     if what == "ragged":
         return grids.ragged_figures(rows)
+    if what == "prefill":
+        return grids.prefill_figures(rows)
     if what == "databases":
         return grids.database_figures(rows)
     return grids.neighbour_figures(rows) if what == "neighbours" else grids.score_figures(rows)

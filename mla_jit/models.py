@@ -14,7 +14,7 @@ from typing import Any
 from mla_jit import resources
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, bucket
 from mla_jit.target import Target
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32", "fp8", "fp8xfp8")
@@ -110,6 +110,41 @@ def decode_problems(
                 paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged,
                 max_kv_len=bucket(model.max_kv_len), **(scaled | fixed),
             )  # fmt: skip
+
+
+def prefill_problems(
+    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None,
+    lse: Sequence[bool] = (False, True), causal: Sequence[bool] = (True, False), scales: str = "auto", **fixed: Any,
+) -> Iterator[PrefillProblem]:  # fmt: skip
+    """The kinds of un-absorbed prefill call that serving a model makes: the product of the given axes.
+
+    Not causal: of a chunk to a prefix that is attended to by itself. Sizes are not an axis (see
+    `ahead.prompts_of_any_size`); `scales` and `fixed` as for `decode_problems`.
+    """
+    heads = model.local_heads(tp)
+    pairs = [dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)]
+    for (q, kv), with_lse, is_causal in itertools.product(dict.fromkeys(pairs), lse, causal):
+        for scaled in _scales(q, kv, scales):
+            given = {"k_scale": scaled["kv_scale"], "v_scale": scaled["kv_scale"]} if "kv_scale" in scaled else {}
+            given |= {"q_scale": scaled["q_scale"]} if "q_scale" in scaled else {}
+            yield PrefillProblem(
+                num_heads=heads, num_kv_heads=heads, qk_dim=model.nope_dim + model.rope_dim, v_dim=model.v_dim,
+                q_dtype=q, kv_dtype=kv, out_dtype="bf16" if DTYPES[q].bits == 8 else q, lse=with_lse, causal=is_causal,
+                **(given | fixed),
+            )  # fmt: skip
+
+
+def merge_problems(
+    model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None
+) -> Iterator[MergeProblem]:  # fmt: skip
+    """The merges of what such calls give: of their outputs, and of fp32 ones."""
+    names = {"fp32"}
+    for q, _ in (dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)):
+        names.add("bf16" if DTYPES[q].bits == 8 else q)
+    for name in sorted(names):
+        yield MergeProblem(
+            num_heads=model.local_heads(tp), dim=model.v_dim, a_dtype=name, b_dtype=name, out_dtype=name
+        )  # fmt: skip
 
 
 def _scales(q: str, cache: str, which: str) -> tuple[dict[str, Any], ...]:

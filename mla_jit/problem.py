@@ -180,8 +180,8 @@ class PrefillProblem(Problem):
     multiples of 16 bytes), token_major (the heads of K and V lie within a token's row, as a bulk copy needs), index64
     (which indptrs are int64).
     How large: batch, q_len (a bound of the longest), total_q (rows of q), max_kv_len (a bound: a hint, else all rows of
-    K), total_kv (rows of K), hinted (max_kv_len came from the caller, or there is one sequence alone), scheduler (the
-    caller's wish: "auto", "tiles" or "persistent").
+    K), total_kv (rows of K; None: batch × max_kv_len), hinted (max_kv_len came from the caller, or there is one
+    sequence alone), scheduler (the caller's wish: "auto", "tiles" or "persistent").
     """
 
     op: str = "prefill"
@@ -205,7 +205,7 @@ class PrefillProblem(Problem):
     q_len: int = 4096
     total_q: int = 4096
     max_kv_len: int = 4096
-    total_kv: int = 4096
+    total_kv: int | None = None
     hinted: bool = False
     scheduler: str = "auto"
     HARD: ClassVar[tuple[str, ...]] = ("op", "qk_dim", "v_dim", "q_dtype", "kv_dtype", "out_dtype", "causal")
@@ -224,7 +224,8 @@ class PrefillProblem(Problem):
         for name in ("qk_dim", "v_dim"):
             _check(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("batch", "q_len", "total_q", "max_kv_len", "total_kv"):
-            _check(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; it must be >= 0")
+            size = getattr(self, name)
+            _check(size is None or size >= 0, f"{name} is {size}; it must be >= 0")
         for name in ("q_dtype", "kv_dtype", "out_dtype"):
             value = getattr(self, name)
             _check(value in dtypes.DTYPES, f"{name} {value!r} is unknown; known: {', '.join(dtypes.DTYPES)}")
@@ -239,12 +240,17 @@ class PrefillProblem(Problem):
         return self.num_heads // self.num_kv_heads
 
     @property
+    def keys(self) -> int:
+        """Rows of K, or their bound."""
+        return self.batch * self.max_kv_len if self.total_kv is None else self.total_kv
+
+    @property
     def pairs(self) -> float:
         """(query, key) pairs a head that count, for sequences of mean lengths."""
         if not (self.batch and self.total_q):
             return 0.0
         q_len = min(self.q_len, self.total_q / self.batch)
-        kv_len = min(self.max_kv_len, self.total_kv / self.batch)
+        kv_len = min(self.max_kv_len, self.keys / self.batch)
         if not self.causal:
             return self.batch * q_len * kv_len
         below = kv_len - min(q_len, kv_len)  # keys that all queries see
@@ -254,7 +260,7 @@ class PrefillProblem(Problem):
         return (
             f"prefill {self.num_heads} heads/{self.num_kv_heads} × {self.qk_dim}/{self.v_dim}, "
             f"{self.q_dtype}×{self.kv_dtype}{', causal' if self.causal else ''}, batch {self.batch}, "
-            f"q_len<={self.q_len} of {self.total_q}, kv<={self.max_kv_len} of {self.total_kv}"
+            f"q_len<={self.q_len} of {self.total_q}, kv<={self.max_kv_len} of {self.keys}"
         )
 
 
@@ -285,3 +291,26 @@ class MergeProblem(Problem):
     def __str__(self) -> str:
         types = f"{self.a_dtype} + {self.b_dtype} -> {self.out_dtype}"
         return f"merge of {self.tokens} tokens × {self.num_heads} heads × {self.dim}, {types}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceProblem(Problem):
+    """The sum of listed partial states, [rows, num_heads, dim], by `groups` of up to tile_q queries.
+
+    misaligned: of "part" and "out"; index64: of the lists "indptr", "final_map" and "partial_map".
+    """
+
+    op: str = "reduce"
+    TUNED: ClassVar[bool] = False
+    num_heads: int
+    dim: int
+    part_dtype: str = "fp32"
+    out_dtype: str = "bf16"
+    misaligned: tuple[str, ...] = ()
+    index64: tuple[str, ...] = ()
+    groups: int = 1
+    tile_q: int = 256
+
+    def __str__(self) -> str:
+        types = f"{self.part_dtype} -> {self.out_dtype}"
+        return f"sum of {self.groups} groups of {self.tile_q} queries × {self.num_heads} heads × {self.dim}, {types}"

@@ -20,7 +20,7 @@ from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import NoVariant
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem, Problem
 from mla_jit.target import Target
 
 STATES = ("refused", "unproven", "compiled", "executed", "measured")
@@ -79,10 +79,15 @@ class Cell:
         return self.op, self.q_dtype, self.kv_dtype, self.target, self.backend
 
 
-def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[DecodeProblem, ...]:
-    """What stands for a cell: few and many heads, whole pages and single tokens, a plain and a multi-token call."""
-    assert op == "decode", op
+def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[Any, ...]:
+    """What stands for a cell: few and many heads. Decode: whole pages and single tokens, one query token and two.
+
+    Prefill: DeepSeek's heads, and smaller ones that share keys, not causal.
+    """
     out = "bf16" if DTYPES[q_dtype].bits == 8 else q_dtype
+    if op == "prefill":
+        return _prompts(q_dtype, kv_dtype, out)
+    assert op == "decode", op
     base: dict[str, Any] = {
         "q_dtype": q_dtype,
         "kv_dtype": kv_dtype,
@@ -96,6 +101,19 @@ def problems(op: str, q_dtype: str, kv_dtype: str) -> tuple[DecodeProblem, ...]:
         DecodeProblem(num_heads=few, page_size=64, **base),
         DecodeProblem(num_heads=many, page_size=64, **base),
         DecodeProblem(num_heads=few, page_size=1, paging="csr", has_lens=False, q_len=2, **base),
+    )
+
+
+def _prompts(q_dtype: str, kv_dtype: str, out: str) -> tuple[PrefillProblem, ...]:
+    base: dict[str, Any] = {
+        "q_dtype": q_dtype, "kv_dtype": kv_dtype, "out_dtype": out, "lse": True, "batch": 2, "q_len": 96,
+        "total_q": 160, "max_kv_len": 256, "total_kv": 512,
+    }  # fmt: skip
+    few, many = HEADS
+    return (
+        PrefillProblem(num_heads=few, num_kv_heads=few, **base),
+        PrefillProblem(num_heads=many, num_kv_heads=many, **base),
+        PrefillProblem(num_heads=few, num_kv_heads=few // 4, qk_dim=96, v_dim=64, causal=False, **base),
     )
 
 
@@ -129,7 +147,7 @@ def _cell(op: str, q: str, kv: str, backend: str, there: Target) -> Cell:
     return Cell(op, q, kv, there.name, backend, row.what, "", row)
 
 
-def _choices(op: str, q: str, kv: str, backend: str, there: Target) -> list[tuple[DecodeProblem, Variant, Config]]:
+def _choices(op: str, q: str, kv: str, backend: str, there: Target) -> list[tuple[Problem, Variant, Config]]:
     """For each of the cell's problems the backend's variant that a call would take. NoVariant, with the reason."""
     found = []
     for problem in problems(op, q, kv):
@@ -148,7 +166,7 @@ def _choices(op: str, q: str, kv: str, backend: str, there: Target) -> list[tupl
     return found
 
 
-def _variants(choices: Sequence[tuple[DecodeProblem, Variant, Config]]) -> tuple[tuple[str, int], ...]:
+def _variants(choices: Sequence[tuple[Problem, Variant, Config]]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted({(variant.name, variant.revision) for _, variant, _ in choices}))
 
 
@@ -182,7 +200,7 @@ def prove(cells: Iterable[Cell], *, workers: int | None = None) -> tuple[list[Ev
     return rows, failures
 
 
-def _jobs(choices: Sequence[tuple[DecodeProblem, Variant, Config]], there: Target) -> list[ahead.Job]:
+def _jobs(choices: Sequence[tuple[Problem, Variant, Config]], there: Target) -> list[ahead.Job]:
     """The kernels of the choices, each once."""
     jobs: dict[str, ahead.Job] = {}
     for problem, variant, config in choices:
@@ -191,19 +209,26 @@ def _jobs(choices: Sequence[tuple[DecodeProblem, Variant, Config]], there: Targe
     return list(jobs.values())
 
 
-def _execute(problem: DecodeProblem, there: Target, backend: str) -> str | None:
+def _execute(problem: Any, there: Target, backend: str) -> str | None:
     """What is wrong with the result of a random call of the problem on this machine, or None."""
     import mla_jit
     from mla_jit import trial
 
-    call = trial.make_call(problem, "cpu" if there.runtime == "cpu" else "cuda")
-    out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
+    device = "cpu" if there.runtime == "cpu" else "cuda"
+    if isinstance(problem, PrefillProblem):
+        prompt = trial.make_prompt(problem, device)
+        out, lse = mla_jit.prefill(prompt.q, prompt.k, prompt.v, **prompt.keywords)
+        judge = functools.partial(trial.judge_prompt, prompt)
+    else:
+        call = trial.make_call(problem, device)
+        out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
+        judge = functools.partial(trial.judge, call)
     dispatch = mla_jit.last_dispatch()
     if dispatch is None or dispatch.backend != backend:
         return (
             f"{problem} was served by {dispatch.variant if dispatch else None}, which is not of the backend {backend}"
         )
-    judged = trial.judge(call, out, lse)
+    judged = judge(out, lse)
     return None if judged.ok else f"{problem}: relative L2 {judged.rel_l2:.2e}, LSE {judged.lse_error:.2e}"
 
 
@@ -238,7 +263,10 @@ def markdown(cells: Sequence[Cell]) -> str:
         served = {cell.target for cell in table if cell.state != "refused"}
         columns = [name for name in dict.fromkeys(cell.target for cell in table) if name in served]
         notes: dict[str, int] = {}
-        lines += [f"| {op}, {backend}: q × cache | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+        lines += [
+            f"| {op}, {backend}: q × {'cache' if op == 'decode' else 'k, v'} | " + " | ".join(columns) + " |",
+            "|---|" + "---|" * len(columns),
+        ]
         for q, kv in dict.fromkeys((cell.q_dtype, cell.kv_dtype) for cell in table):
             texts = []
             for cell in table:

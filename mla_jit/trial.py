@@ -1,4 +1,4 @@
-"""A decode call with random tensors for a problem, and the judgement of its result against the reference."""
+"""A call with random tensors for a problem, and the judgement of its result against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from mla_jit import dtypes
 from mla_jit.dtypes import DTYPES
 from mla_jit.ops.decode import reference
-from mla_jit.problem import DecodeProblem
+from mla_jit.ops.prefill import reference as prompts
+from mla_jit.problem import DecodeProblem, PrefillProblem
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,83 @@ def _int32(values: Any, device: str) -> Tensor:
     return torch.tensor(list(values), dtype=torch.int32, device=device)
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Arguments of `mla_jit.prefill`: positional operands and keywords."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keywords: dict[str, Any]
+
+
+def make_prompt(problem: PrefillProblem, device: str, *, seed: int = 0) -> Prompt:
+    """Random operands for a problem, contiguous: lengths that add up to its totals, none beyond its bounds.
+
+    Rows of k and v that belong to no sequence are NaN, and outputs start as NaN.
+    """
+    p, generator = problem, torch.Generator().manual_seed(seed)
+    q_lens, kv_lens = (
+        shares(total, bound, p.batch) for total, bound in ((p.total_q, p.q_len), (p.keys, p.max_kv_len))
+    )  # fmt: skip
+
+    def randn(rows: int, heads: int, width: int, used: int, dtype: str) -> Tensor:
+        x = torch.randn(rows, heads, width, generator=generator)
+        x[used:] = float("nan")
+        return x.to(getattr(torch, DTYPES[dtype].torch)).to(device)
+
+    q = randn(p.total_q, p.num_heads, p.qk_dim, sum(q_lens), p.q_dtype)
+    k = randn(p.keys, p.num_kv_heads, p.qk_dim, sum(kv_lens), p.kv_dtype)
+    v = randn(p.keys, p.num_kv_heads, p.v_dim, sum(kv_lens), p.kv_dtype)
+    keywords: dict[str, Any] = {"sm_scale": p.qk_dim**-0.5, "causal": p.causal, "return_lse": p.lse}
+    for name, lens in (("qo_indptr", q_lens), ("kv_indptr", kv_lens)):
+        starts = _int32([sum(lens[:b]) for b in range(p.batch + 1)], device)
+        keywords[name] = starts.long() if name in p.index64 else starts
+    keywords |= {"max_q_len": p.q_len, "max_kv_len": p.max_kv_len if p.hinted else None, "scheduler": p.scheduler}
+    keywords["out"] = torch.full(
+        (p.total_q, p.num_heads, p.v_dim), float("nan"), dtype=getattr(torch, DTYPES[p.out_dtype].torch), device=device
+    )
+    if p.lse:
+        keywords["lse"] = torch.full((p.total_q, p.num_heads), float("nan"), device=device)
+    if p.soft_cap:
+        keywords["logit_cap"] = 30.0
+    for name, given in (("q_scale", p.q_scale), ("k_scale", p.k_scale), ("v_scale", p.v_scale)):
+        if given:
+            keywords[name] = torch.tensor([0.5], device=device)
+    return Prompt(q, k, v, keywords)
+
+
+def shares(total: int, bound: int, batch: int) -> list[int]:
+    """Lengths of a batch that add up to `total`, as far as none may exceed `bound`; the first is the longest."""
+    lens = []
+    for b in range(batch):
+        others = batch - b - 1
+        most = min(bound, total)
+        lens.append(most if b == 0 or not others else min(most, -(-total // (others + 1))))
+        total -= lens[-1]
+    return lens
+
+
+def judge_prompt(prompt: Prompt, out: Tensor, lse: Tensor | None) -> Judgement:
+    """The result of a prefill call against the float64 reference, on the same device."""
+    names = {k: v for k, v in prompt.keywords.items() if k not in ("out", "lse")}
+    want, want_lse = prompts.prefill(prompt.q, prompt.k, prompt.v, **names)
+    used = int(prompt.keywords["qo_indptr"][-1])
+    lses = want_lse if lse is None else lse
+    return _judged(prompt.q, prompt.k, out[:used], lses[:used], want[:used], want_lse[:used])
+
+
 def judge(call: Call, out: Tensor, lse: Tensor) -> Judgement:
     """The result of a call against the float64 reference, on the same device."""
     names = {k: v for k, v in call.keywords.items() if k not in ("out", "lse")}
     want, want_lse = reference.decode(call.q, call.kv_cache, **names)
+    return _judged(call.q, call.kv_cache, out, lse, want, want_lse)
+
+
+def _judged(queries: Tensor, keys: Tensor, out: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor) -> Judgement:
     error = (out.double() - want).norm(dim=-1) / want.norm(dim=-1).clamp_min(1e-30)
     lse_error = torch.where(lse == want_lse, 0.0, (lse - want_lse).abs())
-    q, kv = dtypes.of_torch(call.q.dtype), dtypes.of_torch(call.kv_cache.dtype)
+    q, kv = dtypes.of_torch(queries.dtype), dtypes.of_torch(keys.dtype)
     assert q is not None
     assert kv is not None
     worst = [float(torch.nan_to_num(x, nan=float("inf")).max()) if x.numel() else 0.0 for x in (error, lse_error)]

@@ -92,9 +92,9 @@ def compile_problem(target_name: str, fields: Row, variant_name: str | None, kno
     from mla_jit import ops, target
     from mla_jit.compile.triton import compile_source
     from mla_jit.errors import CompileError
-    from mla_jit.problem import DecodeProblem
+    from mla_jit.tuning.rows import PROBLEMS
 
-    there, problem = target.by_name(target_name), DecodeProblem(**fields)
+    there, problem = target.by_name(target_name), PROBLEMS[fields.get("op", "decode")](**fields)
     configs, kernels, reasons = [], {}, []
     try:
         for variant in ops.variants(problem.op):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mla_jit import DecodeMetadata, DecodeProblem, api, decode, dtypes, prefill, prefill_paged
+from mla_jit.api_prefill import reduce_partials
 from mla_jit.errors import InvalidInput
 
 Info = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -369,6 +370,25 @@ def mla_prefill_ps_fwd(
         return result, None
     lse = result[1]
     return output, torch.where(lse == -torch.inf, torch.inf, lse)
+
+
+def mla_prefill_reduce(
+    partial_output: Tensor, partial_lse: Tensor, reduce_indptr: Tensor, reduce_final_map: Tensor,
+    reduce_partial_map: Tensor, output: Tensor, tile_q: int = 256, use_triton: bool = True,
+) -> None:  # fmt: skip
+    """Sums a split prefill's partial results into `output`, as AITER's `mla_prefill_reduce` does; no host sync.
+
+    Args:
+        partial_output, partial_lse: [rows, H, D] and fp32 [rows, H], natural. A row whose LSE is NaN or infinite does
+            not count, whatever it holds.
+        reduce_indptr: int32 [G + 1]: which entries of reduce_partial_map are group g's; of none, nothing is written.
+        reduce_final_map: int32 [G, 2]: a group's first row of `output`, and the end; no more than tile_q rows.
+        reduce_partial_map: int32 [entries]: the row of partial_output where a partial of the group begins.
+        use_triton: ignored, as by theirs.
+    """
+    reduce_partials(
+        partial_output, partial_lse, reduce_indptr, reduce_final_map, reduce_partial_map, output, tile_q
+    )  # fmt: skip
 
 
 def _gathered(x: Tensor, rows: Tensor) -> Tensor:

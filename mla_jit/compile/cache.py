@@ -238,5 +238,5 @@ def _miss(source: Source, why: str) -> CacheMiss:
     target = settings.current().target or source.isa
     return CacheMiss(
         f"{source.name} for {source.isa} is not compiled, and compiling is not allowed {why} (key {source.key}; "
-        f"searched {searched}). Compile it ahead: mla-tune compile --target {target} --model MODEL"
+        f"searched {searched}). Compile it ahead: mla-tune compile --target {target} --model MODEL --op all"
     )

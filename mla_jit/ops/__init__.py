@@ -36,4 +36,8 @@ def variants(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.merge.rows import MERGE_CPU, MERGE_TRITON
 
         return (MERGE_TRITON, MERGE_CPU)
-    raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}, merge")
+    if op == "reduce":
+        from mla_jit.ops.merge.reduce import REDUCE_CPU, REDUCE_TRITON
+
+        return (REDUCE_TRITON, REDUCE_CPU)
+    raise KeyError(f"no op {op!r}; there is {', '.join(OPS)}, merge, reduce")

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from mla_jit import api, plan, settings
 from mla_jit import target as targets
 from mla_jit.errors import CacheMiss, InvalidInput, MlaJitError
 from mla_jit.plan import MEASURED, Choice, Executable
-from mla_jit.problem import DecodeProblem, Problem
+from mla_jit.problem import DecodeProblem, PrefillProblem, Problem
 from mla_jit.target import Target
 from mla_jit.tuning import sweep
 from mla_jit.tuning.builds import Builds
@@ -112,7 +113,11 @@ class _Tuner:
         self._process = os.getpid()
 
     def __call__(self, problem: Problem, target: Target, choice: Choice) -> Choice | None:
-        if self.over.is_set() or os.getpid() != self._process or not isinstance(problem, DecodeProblem):
+        if (
+            self.over.is_set()
+            or os.getpid() != self._process
+            or not isinstance(problem, (DecodeProblem, PrefillProblem))
+        ):
             return None  # a forked child has neither the workers nor the lock's owner
         if not (problem.batch and problem.q_len and problem.max_kv_len):
             return None
@@ -138,7 +143,7 @@ class _Tuner:
                 self.left_s -= time.monotonic() - started
             return plan.known(problem, target)
 
-    def _tune(self, problem: DecodeProblem, target: Target) -> None:
+    def _tune(self, problem: Any, target: Target) -> None:
         device = _device_of(target)
         wanted = shapes(problem, _room_bytes(device))
         if not wanted:
@@ -192,15 +197,18 @@ class _Tuner:
                 self._store.close()
 
 
-def shapes(problem: DecodeProblem, room_bytes: int) -> list[DecodeProblem]:
+def shapes(problem: Any, room_bytes: int) -> list[Any]:
     """The shapes to tune for a problem, shortest first: its hints, or else the lengths that its capacity may stand for.
 
-    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits.
+    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits. A prompt's
+    rows are what there is, so it has one shape.
     """
 
-    def fits(shape: DecodeProblem) -> bool:
+    def fits(shape: Any) -> bool:
         return sweep.cache_bytes(shape) <= room_bytes
 
+    if isinstance(problem, PrefillProblem):
+        problem = dataclasses.replace(problem, hinted=True)
     if problem.hinted:
         return [problem] if fits(problem) else []
     longest = dataclasses.replace(problem, hinted=True)

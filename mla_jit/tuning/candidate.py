@@ -19,6 +19,7 @@ from mla_jit.errors import CompileError, CompilerAborted, IllegalArtifact, Inval
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
+from mla_jit.tuning.prompts import PromptStand
 from mla_jit.tuning.rows import OK, Measurement
 from mla_jit.tuning.stand import Fault, Run, Stand
 
@@ -187,7 +188,8 @@ def _stand(problem: DecodeProblem, where: Target, device: str) -> Stand:
 
         torch.cuda.empty_cache()
     try:
-        return _kept.setdefault(key, Stand(problem, where, device))
+        made: Any = Stand if problem.op == "decode" else PromptStand
+        return _kept.setdefault(key, made(problem, where, device))
     except Exception as error:
         fault = fault_of(error)
         if fault.status != "out_of_memory":

@@ -75,7 +75,7 @@ def _row(line: bytes) -> Trial:
     """The row of a line, with values that the columns of a database can hold."""
     trial = plain(Trial.from_json(line.decode()))
     for name, value in zip(store._COLUMNS, store._record(trial), strict=True):
-        if value is None and name not in store._NULLABLE:
+        if value is None and name not in store._NULLABLE | store._FOREIGN[trial.op]:
             raise InvalidInput(f"{name} is missing")
         if isinstance(value, int) and value.bit_length() > 63:
             raise InvalidInput(f"{name} is {value}, more than an integer of SQLite can be")

@@ -21,7 +21,7 @@ from typing import Any
 from mla_jit import api, resources, settings
 from mla_jit import target as targets
 from mla_jit.problem import DecodeProblem
-from mla_jit.tuning import bench, peers, proofs
+from mla_jit.tuning import bench, peers, prefill_grid, proofs
 from mla_jit.tuning.bench import Runner, Shape
 from mla_jit.tuning.rows import slug
 
@@ -447,3 +447,20 @@ def as_json(row: Any) -> dict[str, Any]:
     """A row of any grid: its fields, then its properties."""
     computed = [name for name, value in vars(type(row)).items() if isinstance(value, property)]
     return {**asdict(row), **{name: getattr(row, name) for name in computed}}
+
+
+# -------------------------------------------------------------------------------------------------------------- prefill
+
+
+def prefill_figures(found: Sequence[prefill_grid.PromptRow]) -> list[Figure]:
+    """Of `prefill_grid.rows`: ours beside cuDNN's, and what uneven lengths cost."""
+    scores = [row.score for row in found if row.score is not None]
+    rates = {row.shape: row.tflops for row in found}
+    uneven, equal = (rates.get(str(shape)) for shape in (prefill_grid.UNEVEN, prefill_grid.EQUAL))
+    return [
+        Figure("cudnn", f"geometric mean of cuDNN / ours over {len(scores)} shapes",
+               geometric_mean(scores) if scores else None),
+        Figure("least", "least cuDNN / ours", min(scores, default=None), prefill_grid.LEAST_SCORE),
+        Figure("uneven", "rate on uneven prompts / on equal ones of the same work",
+               uneven / equal if uneven and equal else None, prefill_grid.LEAST_RATE),
+    ]  # fmt: skip

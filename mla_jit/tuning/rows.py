@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ from typing import Any
 
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem
+from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, ReduceProblem
 
 OK = "ok"
 # What a candidate may end as beside "ok"; none of these ever wins.
@@ -20,7 +21,9 @@ FAULTS = (
     "out_of_memory", "error",
 )  # fmt: skip
 PROVENANCES = ("measured", "imported", "predicted")  # best first
-PROBLEMS: dict[str, Any] = {"decode": DecodeProblem, "prefill": PrefillProblem, "merge": MergeProblem}
+PROBLEMS: dict[str, Any] = {  # by op
+    "decode": DecodeProblem, "prefill": PrefillProblem, "merge": MergeProblem, "reduce": ReduceProblem,
+}  # fmt: skip
 # Closer medians are equal: a part of the greater spread, and no more than a part of the median.
 NOISE, MOST_NOISE = 0.25, 0.01
 SIZES = ("batch", "q_len", "max_kv_len", "total_kv", "num_heads")  # axes between which a neighbour may lie
@@ -118,8 +121,9 @@ class Trial:
         data: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("problem", "config")
         }
-        plain = DecodeProblem(num_heads=1).fields()
-        data["problem"] = {k: v for k, v in self.problem.fields().items() if k == "num_heads" or v != plain[k]}
+        kind: Any = type(self.problem)
+        plain = defaults(kind)
+        data["problem"] = {k: v for k, v in self.problem.fields().items() if k not in plain or v != plain[k]}
         data["problem"]["op"] = self.problem.op
         data["config"] = json.loads(self.config.to_json())
         return json.dumps(data, sort_keys=True, separators=(", ", ": "))
@@ -135,6 +139,12 @@ class Trial:
             return cls(problem=problem, config=config, **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
+
+
+@functools.cache
+def defaults(kind: Any) -> dict[str, Any]:
+    """The fields of a problem's class that may be left out of a row, with the values that they then have."""
+    return {f.name: f.default for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
 
 
 def slug(device: str) -> str:

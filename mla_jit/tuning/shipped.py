@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_jit import resources, settings
-from mla_jit.problem import DecodeProblem
-from mla_jit.tuning.rows import PROVENANCES, Trial, slug
+from mla_jit.tuning.rows import PROBLEMS, PROVENANCES, Trial, defaults, slug
 from mla_jit.tuning.store import PROBLEM_COLUMNS, plain
 
 _shipped: dict[tuple[object, ...], tuple[Trial, ...]] = {}
@@ -68,7 +67,7 @@ def export(trials: Iterable[Trial], path: Path) -> int:
 
 def _order(trial: Trial) -> tuple[Any, ...]:
     """The order of shipped rows: by problem, then where, then what."""
-    values = (getattr(trial.problem, name) for name in PROBLEM_COLUMNS)
+    values = (getattr(trial.problem, name, None) for name in PROBLEM_COLUMNS)
     problem = tuple((0,) if value is None else (1, value) for value in values)
     place = trial.target, trial.device, PROVENANCES.index(trial.provenance)
     return problem, place, trial.config.to_json(), trial.to_json()
@@ -81,7 +80,6 @@ def _examine(
 
     With `fields` only rows of such problems, and nothing of the looks.
     """
-    plain_fields = DecodeProblem(num_heads=1).fields()
     kept: list[Trial] = []
     faults, style = [], []
     lines: dict[tuple[Any, ...], tuple[int, Trial]] = {}
@@ -90,7 +88,8 @@ def _examine(
             line = raw.decode()
             if fields is not None:
                 problem = json.loads(line)["problem"]
-                if any(problem.get(name, plain_fields[name]) != value for name, value in fields.items()):
+                known = {**defaults(PROBLEMS[problem["op"]]), **problem}
+                if any(known[name] != value for name, value in fields.items()):
                     continue
             trial = plain(Trial.from_json(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # InvalidInput, UnicodeDecodeError: values

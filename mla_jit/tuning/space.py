@@ -56,7 +56,8 @@ def _products(
     problem: DecodeProblem, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
 ) -> Iterator[tuple[Variant, Config]]:
     for variant, default in defaults:
-        if "num_kv_splits" not in default and problem.total_kv is None and problem.scheduler == "auto":
+        slotless = problem.op == "decode" and "num_kv_splits" not in default
+        if slotless and problem.total_kv is None and problem.scheduler == "auto":
             continue  # it balances uneven lengths; for even ones its default stands for it
         if (space := spaces.get(variant.name)) is not None:
             for config in _product(problem, target, variant, default, space):
@@ -121,6 +122,11 @@ def _product(
     rows = {tuple(names.split()): values for names, values in space.items()}
     if unknown := set(itertools.chain(*rows)) - set(default):
         raise InvalidInput(f"a space names {', '.join(sorted(unknown))}; {variant.name} has {', '.join(default)}")
+    if problem.op != "decode":
+        every = list(_choices(rows, default, target))
+        tallest = max(min((config.int("block_m") for config in every), default=0), bucket(problem.q_len))
+        yield from (config for config in every if config.int("block_m") <= tallest)
+        return
     fixed = problem.num_kv_splits is not None or problem.batch_invariant  # these say how a sequence is cut
     splits = None if fixed else rows.get(("num_kv_splits",))
     least: dict[tuple[str, ...], Any] = {} if fixed else {n: v for n, v in rows.items() if n == ("min_tiles",)}

@@ -34,7 +34,7 @@ class Fault(Exception):
 class Run:
     """An executable on a stand's operands: `run(inputs)` for inputs of the same shapes, strides and buffers."""
 
-    def __init__(self, executable: plan.Executable, stand: Stand):
+    def __init__(self, executable: plan.Executable, stand: Any):
         import torch
 
         self.executable, self._on_gpu = executable, stand.on_gpu
@@ -42,7 +42,7 @@ class Run:
         self._calls: dict[int, tuple[Bound, list[int], list[float]]] = {}
         self.workspace = torch.empty(max(16, executable.workspace_bytes), dtype=torch.uint8, device=stand.device)
 
-    def __call__(self, inputs: DecodeInputs) -> None:
+    def __call__(self, inputs: Any) -> None:
         e = self.executable
         if e.variant.host is not None:
             e.variant.host(e.problem, e.config, inputs)
@@ -54,7 +54,7 @@ class Run:
         bound, pointers, floats = call
         bound.run(pointers, floats, self._stream())
 
-    def _bind(self, inputs: DecodeInputs) -> Bound:
+    def _bind(self, inputs: Any) -> Bound:
         for binding, bound in self._bounds:
             if binding == inputs.binding:
                 return bound
@@ -66,7 +66,7 @@ class Run:
 
         return torch.cuda.current_stream().cuda_stream if self._on_gpu else 0
 
-    def _pointer(self, name: str, offset: int, inputs: DecodeInputs) -> int:
+    def _pointer(self, name: str, offset: int, inputs: Any) -> int:
         if name in self.executable.offsets:
             return self.workspace.data_ptr() + self.executable.offsets[name] + offset
         address: int = inputs.tensors[name].data_ptr()

@@ -22,7 +22,6 @@ from mla_jit import settings
 from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import DecodeProblem
 from mla_jit.tuning.rows import MOST_NOISE, NOISE, OK, PROBLEMS, Trial
 
 if TYPE_CHECKING:
@@ -107,18 +106,37 @@ def _version_3(db: Database) -> None:
     _make_best(db, (*_PROBLEM_1, "scheduler", "planned", "groups", "mix"))
 
 
+# Columns of version 4: of a prefill problem, NULL in a decode's row. Where a column of decode must not be NULL a
+# prefill's row has 0 or "".
+_PREFILL_4: dict[str, str] = {
+    "qk_dim": "INTEGER", "v_dim": "INTEGER", "k_scale": "INTEGER", "v_scale": "INTEGER", "token_major": "INTEGER",
+    "total_q": "INTEGER",
+}  # fmt: skip
+
+
+def _version_4(db: Database) -> None:
+    """Rows of prefill."""
+    for name, kind in _PREFILL_4.items():
+        db.execute(f"ALTER TABLE trials ADD COLUMN {name} {kind}")
+    db.execute("DROP VIEW best")
+    _make_best(db, (*_PROBLEM_1, "scheduler", "planned", "groups", "mix", *_PREFILL_4))
+
+
 # The function at place n takes a database of version n to n + 1; the version stands in PRAGMA user_version. They run in
 # one transaction, so by `execute`: what else changes a schema in sqlite-utils 3 commits.
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2, _version_3)
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (_version_1, _version_2, _version_3, _version_4)
 
-PROBLEM_COLUMNS = tuple(f.name for f in dataclasses.fields(DecodeProblem))
+_KINDS: tuple[Any, ...] = tuple(kind for kind in PROBLEMS.values() if kind.TUNED)
+PROBLEM_COLUMNS = tuple(dict.fromkeys(f.name for kind in _KINDS for f in dataclasses.fields(kind)))
+_OWN = {kind.op: {f.name for f in dataclasses.fields(kind)} for kind in _KINDS}  # columns, by op
+_FOREIGN = {op: set(PROBLEM_COLUMNS) - own for op, own in _OWN.items()}
 _TRIAL = tuple(f.name for f in dataclasses.fields(Trial) if f.name not in ("problem", "config"))
 _COLUMNS = (*PROBLEM_COLUMNS, "config", *_TRIAL)
-_BOOLS = {f.name for f in dataclasses.fields(DecodeProblem) if f.type == "bool"}
-_TUPLES = {f.name for f in dataclasses.fields(DecodeProblem) if str(f.type).startswith("tuple")}
+_BOOLS = {f.name for kind in _KINDS for f in dataclasses.fields(kind) if f.type == "bool"}
+_TUPLES = {f.name for kind in _KINDS for f in dataclasses.fields(kind) if str(f.type).startswith("tuple")}
 _FLOATS = {f.name for f in dataclasses.fields(Trial) if str(f.type).startswith("float")}
 _INTS = {
-    f.name for c in (DecodeProblem, Trial) for f in dataclasses.fields(c) if str(f.type).startswith("int")
+    f.name for c in (*_KINDS, Trial) for f in dataclasses.fields(c) if str(f.type).startswith("int")
 } | _BOOLS  # fmt: skip
 
 
@@ -144,25 +162,38 @@ def _record(trial: Trial) -> tuple[int | float | str | None, ...]:
     try:
         if not all(isinstance(value, (int, str)) for value in trial.config.values()):
             raise TypeError(f"config {trial.config}: not all integers, texts and booleans")
-        problem = [_sql(name, getattr(trial.problem, name)) for name in PROBLEM_COLUMNS]
+        own = _OWN[trial.op]
+        problem = [
+            _sql(name, getattr(trial.problem, name)) if name in own else _absent(name) for name in PROBLEM_COLUMNS
+        ]
         return (*problem, trial.config.to_json(), *(_sql(name, getattr(trial, name)) for name in _TRIAL))
     except (ValueError, TypeError) as error:
         raise InvalidInput(f"no tuning row: {error}") from error
+
+
+def _absent(name: str) -> int | str | None:
+    """What the column of another op's field has."""
+    if name in _NULLABLE or name in _PREFILL_4:
+        return None
+    return 0 if name in _INTS else ""
 
 
 def read_trials(
     records: Iterable[tuple[Any, ...]], bad: Callable[[InvalidInput], None] | None = None
 ) -> Iterator[Trial]:  # fmt: skip
     """Trials of records in the order of _COLUMNS. What is none goes to `bad`, or raises InvalidInput."""
-    problems: dict[tuple[Any, ...], DecodeProblem] = {}
+    problems: dict[tuple[Any, ...], Any] = {}
     configs: dict[str, Config] = {}
     n = len(PROBLEM_COLUMNS)
     for record in records:
         try:
             if (problem := problems.get(record[:n])) is None:
                 fields = dict(zip(PROBLEM_COLUMNS, record, strict=False))
-                fields |= {name: bool(fields[name]) for name in _BOOLS}
-                fields |= {name: tuple(fields[name].split(",")) if fields[name] else () for name in _TUPLES}
+                fields = {name: value for name, value in fields.items() if name in _OWN[fields["op"]]}
+                fields |= {name: bool(fields[name]) for name in _BOOLS & set(fields)}
+                fields |= {
+                    name: tuple(fields[name].split(",")) if fields[name] else () for name in _TUPLES & set(fields)
+                }
                 problem = problems[record[:n]] = PROBLEMS[fields["op"]](**fields)
             if (config := configs.get(record[n])) is None:
                 config = configs[record[n]] = Config.from_json(record[n])

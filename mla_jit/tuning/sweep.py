@@ -22,7 +22,7 @@ from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CompileError, InvalidInput
-from mla_jit.problem import MIXES, DecodeProblem, bucket
+from mla_jit.problem import MIXES, DecodeProblem, PrefillProblem, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
 from mla_jit.tuning.builds import Builds
@@ -96,8 +96,13 @@ def _total(batch: int, kv_len: int, mix: str) -> int | None:
     return bucket(round(batch * (kv_len - _SHORTEST) / math.log(kv_len / _SHORTEST)))
 
 
-def cache_bytes(problem: DecodeProblem) -> int:
-    """Of the latent cache at the length bound, or of as many tokens as the problem has."""
+def cache_bytes(problem: Any) -> int:
+    """Of the latent cache at the length bound, or of as many tokens as the problem has; of all tensors of a prompt."""
+    if isinstance(problem, PrefillProblem):
+        q, kv, out = (DTYPES[name].bytes for name in (problem.q_dtype, problem.kv_dtype, problem.out_dtype))
+        a_query = problem.num_heads * (problem.qk_dim * q + problem.v_dim * out)
+        a_key = problem.num_kv_heads * (problem.qk_dim + problem.v_dim) * kv
+        return problem.total_q * a_query + problem.keys * a_key
     tokens = problem.batch * problem.max_kv_len
     return (
         min(tokens, problem.total_kv or tokens)

@@ -219,8 +219,13 @@ def test_paged_prefill_is_prefill_of_the_same_keys(q_len: int) -> None:
 
 def test_a_miss_under_capture_names_the_kernel() -> None:
     call = cases.build(cases.Case(**cases.MLA, heads=7, kv_heads=7, q_lens=(33,), out_view=""), DEVICE)
-    graph = torch.cuda.CUDAGraph()
+    count = torch.zeros(1, device=DEVICE)
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph), pytest.raises(errors.CacheMiss, match="capture"):
-        prefill(call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(errors.CacheMiss, match="capture"):
+            prefill(call)
+        count += 1
+    graph.replay()
+    assert count.item() == 1
     cases.check(call, *prefill(call))

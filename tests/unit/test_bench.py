@@ -648,7 +648,7 @@ def test_a_list_is_timed_by_itself(on_cpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "grid", ["peers", "q2", "capture", "ragged", "databases", "quality", "neighbours", "first-call"]
+    "grid", ["peers", "q2", "capture", "ragged", "prefill", "databases", "quality", "neighbours", "first-call"]
 )
 def test_without_a_gpu_there_is_one_error(grid, monkeypatch):
     monkeypatch.setattr(overhead, "_in_child", None)

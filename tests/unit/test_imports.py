@@ -39,9 +39,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
     ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
-    (
-        "tuning.bench tuning.overhead tuning.stand tuning.candidate tuning.builds tuning.worker tuning.pool",
-    ),  # times the public `decode` beside the peers
+    (  # times the public functions beside the peers
+        (
+            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.prefill_grid "
+            "tuning.candidate "
+            "tuning.builds tuning.worker tuning.pool"
+        ),
+    ),
     ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
     ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),
     ("cli cli_options cli_tuning cli_database cli_report cli_predict cli_bench",),
@@ -51,7 +55,8 @@ LIGHT = (
     "errors", "settings", "resources", "dtypes", "target", "layouts", "problem", "config", "models", "compile.cache",
     "compile.child", "compile.artifact", "launch", "launch.base", "launch.null", "ops", "ops.variant",
     "ops.decode.inputs", "ops.decode.splitk", "ops.decode.blocked_cpu", "ops.prefill.inputs", "ops.prefill.tiles",
-    "ops.prefill.persistent", "ops.prefill.blocked_cpu", "ops.merge.inputs", "ops.merge.rows", "tuning.rows",
+    "ops.prefill.persistent", "ops.prefill.blocked_cpu", "ops.merge.inputs", "ops.merge.rows",
+    "ops.merge.reduce", "tuning.rows",
     "tuning.store", "tuning.shipped", "tuning.lookup", "tuning.schedule", "plan", "ahead", "explain", "cli",
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from mla_jit.config import Config
 from mla_jit.launch.null import NullRuntime
 from mla_jit.ops.prefill import persistent, tiles
 from mla_jit.ops.prefill.inputs import prefill_inputs
-from mla_jit.problem import MergeProblem, PrefillProblem
+from mla_jit.problem import MergeProblem, PrefillProblem, ReduceProblem
 
 TESTS = Path(__file__).resolve().parent.parent
 GPU_TARGETS = [name for name, row in target.targets().items() if row.triton]
@@ -70,7 +70,7 @@ def test_every_case_is_right(run: str) -> None:
 
 def test_merge_is_right() -> None:
     lines = interpreted("interpreted_merge.py")
-    assert len(lines) == 8
+    assert len(lines) == 9
     assert all(line["error"] <= line["limit"] for line in lines)
 
 
@@ -277,6 +277,10 @@ def test_merge_compiles_without_spills(name: str) -> None:
     for dtypes, dim in ((("bf16", "bf16", "bf16"), 128), (("fp32", "fp16", "fp16"), 512)):
         problem = MergeProblem(num_heads=16, dim=dim, a_dtype=dtypes[0], b_dtype=dtypes[1], out_dtype=dtypes[2])
         for source in variant.sources(problem, there, variant.default(problem, there)):
+            assert compile_source(source).spill_bytes == 0
+    summing, _ = ops.variants("reduce")
+    for groups in (ReduceProblem(num_heads=16, dim=128), ReduceProblem(num_heads=3, dim=512, index64=("indptr",))):
+        for source in summing.sources(groups, there, summing.default(groups, there)):
             assert compile_source(source).spill_bytes == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import interpreted_merge
 import prefill_cases as cases
 import pytest
 import torch
@@ -279,3 +280,21 @@ def test_aiters_persistent_prefill(listed: bool) -> None:
         call.q, k, v, out, call.kwargs["qo_indptr"], call.kwargs["kv_indptr"], rows, None, None, 20, True
     )
     assert none[1] is None
+
+
+def test_aiters_reduction() -> None:
+    arguments, want, written = interpreted_merge.partials()
+    out = torch.full((22, 3, 40), torch.nan)
+    assert theirs.mla_prefill_reduce(*arguments, out, tile_q=8) is None
+    assert torch.allclose(out[written].double(), want[written], atol=1e-5)
+    assert bool(out[~written].isnan().all())
+    part, lse, indptr, final_map, partial_map = arguments
+    with pytest.raises(InvalidInput, match=r"output has shape .*; it must be \[T, 3, 40\]"):
+        theirs.mla_prefill_reduce(*arguments, out[:, :2])
+    with pytest.raises(InvalidInput, match=r"partial_lse is torch\.float64"):
+        theirs.mla_prefill_reduce(part, lse.double(), indptr, final_map, partial_map, out)
+    with pytest.raises(InvalidInput, match="reduce_final_map has shape"):
+        theirs.mla_prefill_reduce(part, lse, indptr, final_map[:2], partial_map, out)
+    kept = out.clone()
+    theirs.mla_prefill_reduce(part, lse, indptr[:1], final_map, partial_map, out)  # no group
+    assert torch.equal(out.nan_to_num(), kept.nan_to_num())

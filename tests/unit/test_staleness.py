@@ -30,7 +30,7 @@ from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
 from mla_jit.ops.decode import blocked_cpu, splitk
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import shipped
 from mla_jit.tuning.candidate import _source_hash
 from mla_jit.tuning.rows import Trial
@@ -43,6 +43,8 @@ PROBLEMS = (
     DecodeProblem(num_heads=16, batch=4),
     DecodeProblem(num_heads=128, batch=64, q_len=2, lse=True),
     DecodeProblem(num_heads=16, batch=4, kv_dtype="fp8_e4m3", paging="csr"),
+    PrefillProblem(num_heads=16, num_kv_heads=16, lse=True),
+    PrefillProblem(num_heads=16, num_kv_heads=4, batch=3, kv_dtype="fp8_e4m3", causal=False),
 )
 
 Templates = dict[str, dict[str, dict[str, Any]]]  # by op and variant
@@ -55,7 +57,7 @@ def text(variant: Variant) -> str:
     if variant.host is not None:
         return Path(inspect.getfile(variant.host)).read_text(encoding="utf-8")
     found = set()
-    for problem in PROBLEMS:
+    for problem in (problem for problem in PROBLEMS if problem.op == variant.op):
         for where in map(target.by_name, TARGETS):
             config = variant.default(problem, where)
             if variant.rejects(problem, where, config) is None:
@@ -342,7 +344,7 @@ def test_a_line_that_is_no_row_and_a_file_of_no_op_are_told(tmp_path: Path) -> N
     (path.parent / "decodes.jsonl").write_text("")
     told = list(bad_rows(tmp_path, today(), plain()))
     assert [line.partition(": ")[0] for line in told] == [
-        "nvidia_h200/decode.jsonl, line 2", "nvidia_h200/decodes.jsonl is of no op; there is decode",
+        "nvidia_h200/decode.jsonl, line 2", "nvidia_h200/decodes.jsonl is of no op; there is decode, prefill",
     ]  # fmt: skip
 
 

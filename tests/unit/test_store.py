@@ -20,7 +20,7 @@ from mla_jit import resources, settings, target
 from mla_jit.compile import layers, locks
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import lookup, shipped, store
 from mla_jit.tuning.rows import Trial, slug
 from mla_jit.tuning.store import Store
@@ -97,7 +97,7 @@ def test_the_columns_are_the_fields(db):
     """A new field wants a migration: a function more in MIGRATIONS, and only then a column here."""
     Store(db).close()
     columns = {row[1] for row in sql(db, "PRAGMA table_info(trials)")}
-    fields = {f.name for c in (DecodeProblem, Trial) for f in dataclasses.fields(c)} - {"problem"}
+    fields = {f.name for c in (DecodeProblem, PrefillProblem, Trial) for f in dataclasses.fields(c)} - {"problem"}
     assert columns == fields | {"id", "content", "variant"}
 
 
@@ -207,7 +207,7 @@ def test_the_journal_goes_by_the_file_system(db, monkeypatch, network, mode):
 
 def test_rows_of_version_2_are_of_log_uniform_lengths(db, monkeypatch):
     """As they were timed; a list, where the caller brought one, was for as many groups as the config says."""
-    names = [name for name in store._COLUMNS if name not in ("mix", "groups")]
+    names = [name for name in store._COLUMNS if name not in ("mix", "groups", *store._PREFILL_4)]
     ragged = trial(12.0, total_kv=8 * 512)
     record = dict(zip(store._COLUMNS, store._record(ragged), strict=True))
     with monkeypatch.context() as older:
@@ -520,7 +520,7 @@ def test_a_lookup_makes_nothing_and_loads_no_sqlite(db):
     code = f"""
 import sys
 from mla_jit import settings
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.target import by_name
 from mla_jit.tuning import lookup
 settings.configure(tuning_db=__import__("pathlib").Path({str(db)!r}))

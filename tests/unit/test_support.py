@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_jit import ahead, models, plan, resources, settings, support, target
+from mla_jit import ahead, models, ops, plan, resources, settings, support, target
 from mla_jit.compile import cache
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CacheMiss, InvalidInput
@@ -22,7 +23,7 @@ CELLS = support.matrix()
 
 def test_the_matrix_has_every_cell_once():
     assert len({cell.key for cell in CELLS}) == len(CELLS)
-    assert len(CELLS) == len(support.BACKENDS) * len(support.DTYPE_PAIRS) * len(target.targets())
+    assert len(CELLS) == len(ops.OPS) * len(support.BACKENDS) * len(support.DTYPE_PAIRS) * len(target.targets())
 
 
 def test_a_refused_cell_has_a_reason_and_the_others_have_evidence():
@@ -41,19 +42,21 @@ def test_refusals_are_those_of_a_call():
         if cell.backend == "triton":
             problem = support.problems(cell.op, cell.q_dtype, cell.kv_dtype)[0]
             found = plan.supports(problem, target.by_name(cell.target))
-            served = found.ok and found.variant is not None and found.variant != "decode_blocked_cpu"
+            served = found.ok and found.variant is not None and found.variant != f"{cell.op}_blocked_cpu"
             assert served == (cell.state != "refused"), cell
 
 
 def test_everything_is_served_on_some_target_and_the_cpu_serves_everything():
-    for q, kv in support.DTYPE_PAIRS:
-        served = {c.target for c in CELLS if (c.q_dtype, c.kv_dtype) == (q, kv) and c.state != "refused"}
+    for op, (q, kv) in itertools.product(ops.OPS, support.DTYPE_PAIRS):
+        served = {c.target for c in CELLS if (c.op, c.q_dtype, c.kv_dtype) == (op, q, kv) and c.state != "refused"}
         assert "cpu" in served
         assert "fp32" in (q, kv) or served == set(target.targets())
 
 
 @pytest.mark.parametrize(
-    "cell", [c for c in CELLS if c.target == "cpu" and c.state != "refused"], ids=lambda c: f"{c.q_dtype}x{c.kv_dtype}"
+    "cell",
+    [c for c in CELLS if c.target == "cpu" and c.state != "refused"],
+    ids=lambda c: f"{c.op}-{c.q_dtype}x{c.kv_dtype}",
 )
 def test_what_is_executed_here_is_right(cell):
     (row,), failures = support.prove([cell])

@@ -7,7 +7,7 @@ from typing import Any
 
 from mla_jit.launch.base import Binding, Number
 from mla_jit.ops.decode.inputs import LN2, _aligned, _check, _dtype, _last_stride
-from mla_jit.problem import ALIGNMENT, MergeProblem, rounded
+from mla_jit.problem import ALIGNMENT, MergeProblem, ReduceProblem, rounded
 
 Tensor = Any
 
@@ -16,7 +16,7 @@ Tensor = Any
 class MergeInputs:
     """A checked call: the problem, tensors by argument name, and the numbers that a launch needs."""
 
-    problem: MergeProblem
+    problem: MergeProblem | ReduceProblem
     tensors: dict[str, Tensor]
     numbers: dict[str, Number]
     floats: dict[str, float]

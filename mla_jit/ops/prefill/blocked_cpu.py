@@ -51,7 +51,7 @@ def default(p: PrefillProblem, target: Target) -> Config:
 def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
     """The roofline of a call whose sequences have mean lengths, and one `launch_us` for each batched tile."""
     flops = int(2 * p.pairs * p.num_heads * (p.qk_dim + p.v_dim))
-    size = (p.total_q * p.num_heads + p.total_kv * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
+    size = (p.total_q * p.num_heads + p.keys * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
     groups = -(-p.num_kv_heads // config.int("heads"))
     steps = groups * (1 + int(p.pairs / (config.int("block_m") * config.int("block_n"))))
     time_us = max(size / target.bandwidth_gbps * 1e-3, flops / target.bf16_tflops * 1e-6) + steps * target.launch_us

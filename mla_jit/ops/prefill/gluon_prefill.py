@@ -181,9 +181,7 @@ def _consume(cid: gl.constexpr, q_ptr, out_ptr, lse_ptr, q_stride_t, out_stride_
     if tiles * BLOCK_N > kv_len:  # two 16-bit zeros a word
         filled = (tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS)) < kv_len
         for i in range(V_BOXES):
-            box = v_smem.index(b * V_BOXES + i)._reinterpret(
-                gl.int32, [BLOCK_N, 32], gl.NVMMASharedLayout(128, 32, 2)
-            )
+            box = v_smem.index(b * V_BOXES + i)._reinterpret(gl.int32, [BLOCK_N, 32], gl.NVMMASharedLayout(128, 32, 2))
             box.store(gl.where(gl.expand_dims(filled, 1), box.load(WORDS), 0))
         fence_async_shared()
         _barrier()

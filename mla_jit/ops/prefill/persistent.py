@@ -1,6 +1,6 @@
 """The row of `prefill_persistent_triton`: one resident wave of programs that runs a work list made on the device.
 
-The kernels are in triton_persistent.py; tiles and arguments are those of tiles.py. Imports no triton.
+The kernels are in triton_prefill_persistent.py; tiles and arguments are those of tiles.py. Imports no triton.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from mla_jit.problem import PrefillProblem
 from mla_jit.target import Target
 
 NAME = "prefill_persistent_triton"
-_MODULE = "mla_jit.ops.prefill.triton_persistent"
-_PATH = str(Path(__file__).with_name("triton_persistent.py"))
+_MODULE = "mla_jit.ops.prefill.triton_prefill_persistent"
+_PATH = str(Path(__file__).with_name("triton_prefill_persistent.py"))
 _CHUNK = 256  # units that `schedule` looks at together
 _RUN = 16  # queries that a program of the combine sums
 _BUFFERS = ("part", "part_lse", "head", "units", "items")
@@ -179,7 +179,7 @@ def numbers(p: PrefillProblem, target: Target, config: Config) -> dict[str, int]
     return {
         "batch": p.batch, "slots": slots(p, config), "programs": programs(target, config),
         "min_tiles": config.int("min_tiles"),
-        "heads_together": tiles.heads_together(dataclasses.replace(p, max_kv_len=p.total_kv), target),
+        "heads_together": tiles.heads_together(dataclasses.replace(p, max_kv_len=p.keys), target),
     }  # fmt: skip
 
 
@@ -191,7 +191,7 @@ def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
     found = tiles.cost(p, target, _like(config))
     time_us = found.time_us - target.launch_us
     if found.waves < 1 and _splits(p, target, config):
-        keys = min(p.max_kv_len, p.total_kv / max(1, p.batch))
+        keys = min(p.max_kv_len, p.keys / max(1, p.batch))
         time_us /= max(1.0, min(1 / found.waves, keys / (config.int("block_n") * config.int("min_tiles"))))
     listed = _SCHEDULE_US * -(-slots(p, config) // _CHUNK)
     return dataclasses.replace(found, time_us=time_us + listed + 3 * target.launch_us)

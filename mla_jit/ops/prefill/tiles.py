@@ -22,6 +22,8 @@ _PATH = str(Path(__file__).with_name("triton_prefill.py"))
 _SPILL_BYTES = 640  # of the peeled, masked tiles
 _SLACK_BYTES = 2048  # of shared memory, for what is exchanged and barriers
 _SHARE = 0.6  # of the matrix rate, for the model
+_L2_RATE = 1.5  # of the bandwidth: at which tiles come from the L2
+_TILE_KEYS = 8  # keys whose work takes as long as what a tile costs beside
 _L2_SHARE = 0.5  # of the L2, for the K and V of the heads that are worked on together
 
 Parts = tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]
@@ -120,12 +122,13 @@ def default(p: PrefillProblem, target: Target) -> Config:
     d, dv = _width(p)
     tma = target.has("tma") and no_tma(p) is None
     kind = "mfma" if target.triton[:1] == ("hip",) else "m64" if target.has("mma_m64") else "bulk" if tma else "mma"
-    block_m, block_n, warps, stages = _TILES[kind, dv > 128 or d > 256]
+    wide, narrow = dv > 128 or d > 256, DTYPES[p.kv_dtype].bits == 8
+    block_m, block_n, warps, stages = _TILES[kind, wide]
     if kind == "m64" and not tma:
-        block_n = min(block_n, 64)  # addresses take registers
-    if kind == "mfma" and DTYPES[p.kv_dtype].bits == 8:
+        block_n = 32 if wide and narrow else min(block_n, 64)  # addresses take registers
+    if kind == "mfma" and narrow:
         block_n = 32  # so does decoding
-    if kind == "mma" and d + dv <= 256:
+    if kind == "mma" and d + dv <= 256 and not narrow:
         block_n *= 2
     if p.q_len <= 64:
         block_m = min(block_m, 64)
@@ -227,11 +230,16 @@ def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
     """The roofline of a call whose sequences have mean lengths, with waves."""
     d, dv = _width(p)
     flops = int(2 * p.pairs * p.num_heads * (d + dv))
-    size = (p.total_q * p.num_heads + p.total_kv * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
+    size = (p.total_q * p.num_heads + p.keys * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
     programs = max(1, -(-p.total_q // config.int("block_m"))) * p.num_heads
     waves = programs / resident(target, config)
     busy = waves / max(1, -(-programs // resident(target, config)))
-    ideal = max(size / target.bandwidth_gbps * 1e-3, flops / (target.bf16_tflops * _SHARE) * 1e-6)
+    again = p.pairs * p.num_heads / config.int("block_m") * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes  # from L2
+    ideal = max(
+        size / target.bandwidth_gbps * 1e-3, again / (target.bandwidth_gbps * _L2_RATE) * 1e-3,
+        flops / (target.bf16_tflops * _SHARE) * 1e-6,
+    )  # fmt: skip
+    ideal *= 1 + _TILE_KEYS / config.int("block_n") + (0.15 if target.has("tma") and not config["tma"] else 0.0)
     return Cost(size, flops, programs, waves, ideal / max(busy, 1e-6) + target.launch_us)
 
 
