@@ -74,7 +74,7 @@ def _like(config: Config) -> Config:
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
-    """The tiles of decode_splitk_triton, or smaller ones; what a piece costs beside its tiles is about five of a list's.
+    """The tiles of decode_splitk_triton, or smaller ones; beside its tiles a piece costs about five of a list's.
 
     Smaller where the loop over pieces would make blocks of 64 rows spill more than is legal (2700 bytes with fp8 q,
     2050 with several query tokens of such heads that dividing by their number takes a multiplication).

@@ -11,7 +11,6 @@ from pathlib import Path
 from mla_jit.compile import triton as toolchain
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, persistent
 from mla_jit.ops.variant import Cost, Variant
