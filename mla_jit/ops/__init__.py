@@ -18,9 +18,13 @@ def variants(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON
         from mla_jit.ops.decode.persistent import DECODE_PERSISTENT_TRITON
+        from mla_jit.ops.decode.persistent_gluon import DECODE_PERSISTENT_GLUON
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
-        return (DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU)
+        return (
+            DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_GLUON, DECODE_PERSISTENT_TRITON,
+            DECODE_BLOCKED_CPU,
+        )  # fmt: skip
     if op == "prefill":
         from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU
         from mla_jit.ops.prefill.gluon import PREFILL_GLUON

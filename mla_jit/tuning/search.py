@@ -149,11 +149,17 @@ def _count(candidates: int) -> int:
 
 
 def _leaders(ranked: Sequence[Config]) -> list[Config]:
-    """The best of each group as ranked; no more than the first batch has room for."""
+    """The best of each group as ranked; no more than the first batch has room for and than may be compiled with it."""
     found: dict[Any, Config] = {}
     for config in ranked:
         found.setdefault(_group(config), config)
-    return list(found.values())[: max(1, round(_count(len(ranked)) * _BATCHES[0]) // 2)]
+    room = round(_count(len(ranked)) * _BATCHES[0]) // 2
+    return list(found.values())[: max(1, min(room, _most_kernels(len({_kernel(c) for c in ranked})) - 1))]
+
+
+def _most_kernels(count: int) -> int:
+    """How many of so many first kernels are compiled before kin of the best: the default's is one of them."""
+    return max(6, math.ceil(_KERNELS * count))
 
 
 def _predictor(problem: DecodeProblem, target: Target) -> Callable[[Config], float]:
@@ -343,7 +349,7 @@ class _Guide:
         self.errors: list[float] = []
         self.chosen: dict[int, list[float]] = {}  # with how alike all others are
         self.kernels: set[int] = set()
-        self.most_kernels = max(6, math.ceil(_KERNELS * len(self.kernels_alike)))
+        self.most_kernels = _most_kernels(len(self.kernels_alike))
 
     def next(self, count: int, *, by_group: bool) -> list[Config]:
         """The next `count` configs; `by_group`: the best of each group as ranked first, in half of the places."""

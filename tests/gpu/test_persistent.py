@@ -15,9 +15,8 @@ import torch
 
 import mla_jit
 from mla_jit import ahead, plan, target
-from mla_jit.config import Config
+from mla_jit.ops.decode import persistent
 from mla_jit.ops.decode.inputs import decode_inputs
-from mla_jit.ops.decode.persistent import UNIT
 from mla_jit.ops.decode.worklist import work_list
 from mla_jit.tuning import bench
 
@@ -48,13 +47,13 @@ FOLDED = CASES[::3]
 
 
 def fold(call: cases.Call) -> None:
-    """From now on calls like this one, with and without a list, sum their partials in the walk."""
+    """From now on calls like this one, with and without a list, sum their partials in Triton's walk."""
     here, chosen = target.of_device("cuda", 0), []
     for planned in (False, True):
         given = {name: value for name, value in call.kwargs.items() if name not in ("num_kv_splits", "batch_invariant")}
         problem = decode_inputs(call.q, call.kv_cache, **given, scheduler="persistent", planned=planned).problem
         exported = json.loads(plan.export([problem], here))
-        config = Config.from_json(exported["choices"][0]["config"]).replace(fold=True)
+        config = persistent.default(problem, here).replace(fold=True)
         chosen.append({**exported["choices"][0], "config": config.to_json()})
     mla_jit.reload()
     assert plan.load(json.dumps({**exported, "choices": chosen}).encode(), here) == 2
@@ -80,7 +79,7 @@ def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     cases.check(call, out, lse)
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
-    assert dispatch.variant == "decode_persistent_triton"
+    assert dispatch.variant in ("decode_persistent_gluon", "decode_persistent_triton")
     first = out.clone()
     call.poison()
     metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
@@ -202,7 +201,7 @@ def test_the_list_is_the_hosts() -> None:
         metadata = mla_jit.decode_metadata(q, cache, **arguments)
         call = mla_jit.decode_plan(q, cache, **arguments, metadata=metadata)
         config = call.dispatch.config
-        tiles = [-(-n // UNIT) for n in lens]
+        tiles = [-(-n // persistent.UNIT) for n in lens]
         want = work_list(tiles, len(metadata.groups) - 1, config.int("overhead"))
         assert metadata.groups.tolist() == list(want.groups)
         assert metadata.info.tolist() == [list(row) for row in want.info]

@@ -264,6 +264,24 @@ def test_a_folded_walk_spills_no_more(heads: int, name: str, cache_dir: str) -> 
     assert folded.smem_bytes <= there.smem_bytes
 
 
+@pytest.mark.parametrize(
+    ("heads", "fields"),
+    [
+        (20, {"q_len": 2, "sinks": True}),
+        (20, {"q_len": 4, "sinks": True, "page_size": 1}),
+        (64, {"q_len": 2, "soft_cap": True}),
+        (128, {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3", "out_dtype": "bf16"}),
+    ],
+    ids=str,
+)
+def test_the_default_walk_of_many_rows_is_legal(heads: int, fields: dict[str, Any], cache_dir: str) -> None:
+    """Those that spill most; the build refuses what is not within the limits of its Source."""
+    p, config = problem_and_config(heads, "sm_90", **fields)
+    source = persistent.sources(p, HOPPER, config)[0]
+    assert source.limits is not None
+    assert cache.build(source).spill_bytes <= (source.limits.spill_bytes or 0)
+
+
 @pytest.mark.parametrize("name", ["gfx942", "gfx950"])
 @pytest.mark.parametrize("heads", [16, 128])
 def test_every_kernel_is_legal_on_amd_too(heads: int, name: str, cache_dir: str) -> None:

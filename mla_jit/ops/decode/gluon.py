@@ -36,6 +36,17 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
     if p.scheduler == "persistent":
         return "the persistent scheduler is asked for"
+    if (reason := _refuses(p, target, config)) is not None:
+        return reason
+    if config["pdl"] and not target.has("pdl"):
+        return f"{target.name} has no programmatic dependent launch"
+    if splitk.slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
+        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    return None
+
+
+def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """The same, but for who schedules, and what this leads to."""
     if not target.triton or not (target.has("tma") and target.has("mma_m64")):
         return f"{target.name} has no bulk tensor copies or no warpgroup matrix instructions"
     if p.q_dtype != p.kv_dtype or DTYPES[p.kv_dtype].bits != 16 or "fp32" in (p.q_dtype, p.kv_dtype):
@@ -44,13 +55,7 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return f"kv_lora_rank {p.kv_lora_rank} is not 256 or 512"
     if p.rope_dim not in (0, 64):
         return f"rope_dim {p.rope_dim} is not 0 or 64"
-    if (reason := splitk._no_tma(p, config)) is not None:
-        return reason
-    if config["pdl"] and not target.has("pdl"):
-        return f"{target.name} has no programmatic dependent launch"
-    if splitk.slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
-        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
-    return None
+    return splitk._no_tma(p, config)
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
@@ -75,10 +80,15 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
     found = []
     for name, kind, arg in splitk._stage1(p, target, _like(config))[1]:
         if arg.kind == "tma":
-            kind, arg = f"tma<{DTYPES[p.kv_dtype].triton}[{_BOX},{_BOX}]>", dataclasses.replace(arg, block=(_BOX, _BOX))
+            kind, arg = _boxed(p, arg)
         if name not in _WITHOUT:
             found.append((name, kind, arg))
     return found
+
+
+def _boxed(p: DecodeProblem, arg: Arg) -> tuple[str, Arg]:
+    """(signature entry, launch argument) of a tensor map whose copies are boxes."""
+    return f"tma<{DTYPES[p.kv_dtype].triton}[{_BOX},{_BOX}]>", dataclasses.replace(arg, block=(_BOX, _BOX))
 
 
 def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
@@ -110,13 +120,18 @@ def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, 
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """As for decode_splitk_triton; it reads the cache once where that reads it for each 16 rows, and computes S once.
+    """As for decode_splitk_triton, but for what the kernel gains or loses."""
+    found = splitk.cost(p, target, config)
+    return dataclasses.replace(found, time_us=found.time_us * _beside_triton(p))
+
+
+def _beside_triton(p: DecodeProblem) -> float:
+    """Its time over that of Triton's kernel, which reads the cache for each 16 rows, and computes S twice.
 
     Where one block of 16 rows is enough, or little is read, what 64 rows cost more than 16 is not won back.
     """
-    found = splitk.cost(p, target, config)
     much = p.rows > 32 or (p.rows > 16 and p.batch * p.max_kv_len >= _MUCH)
-    return dataclasses.replace(found, time_us=found.time_us * (0.75 if much else 1.5))
+    return 0.75 if much else 1.5
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import splitk
 from mla_jit.ops.variant import Cost, Variant
@@ -31,7 +32,7 @@ _MORE_POINTERS = (
 _LISTS = ("groups", "info", "sums", "arrivals")  # the work list, int32 buffers in the workspace
 _OWN = ("overhead", "waves", "fold")  # tunables that decode_splitk_triton does not have
 _COMBINE_POINTERS = ("qo_indptr", "sinks", "out", "lse", "part", "part_lse")
-_INTS = ("max_q_len", "cp_rank", "cp_world")
+_INTS = ("batch", "max_q_len", "cp_rank", "cp_world")
 _CONSTANTS = (
     "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_R", "STAGES", "TMA",
     "MASKED_FIRST", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE", "COMPUTE", "DECODE", "Q_DECODE", "QK_NATIVE",
@@ -42,14 +43,8 @@ Parts = tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]
 
 def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
-    if p.scheduler == "split":
-        return "split slots are asked for"
-    if p.num_kv_splits is not None:
-        return "num_kv_splits asks for split slots"
-    if p.batch_invariant:
-        return "batch_invariant: a work list depends on the whole batch"
-    if (p.batch + groups(p, target, config)) * max(p.rows, 1) * p.num_kv_heads >= 2**31:
-        return "batch × rows exceeds the largest grid (2^31)"
+    if (reason := _unlisted(p, target, config)) is not None:
+        return reason
     if UNIT % config.int("block_n"):
         return f"a tile of {config.int('block_n')} tokens does not divide the {UNIT} of a work list's tile"
     if config["fold"] and target.triton[:1] == ("hip",):
@@ -59,6 +54,19 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
     return splitk._refuses(p, target, _like(config))
 
 
+def _unlisted(p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """Why no work list can serve the problem, or None."""
+    if p.scheduler == "split":
+        return "split slots are asked for"
+    if p.num_kv_splits is not None:
+        return "num_kv_splits asks for split slots"
+    if p.batch_invariant:
+        return "batch_invariant: a work list depends on the whole batch"
+    if (p.batch + groups(p, target, config)) * max(p.rows, 1) * p.num_kv_heads >= 2**31:
+        return "batch × rows exceeds the largest grid (2^31)"
+    return None
+
+
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton with the same tiles."""
     values = {k: v for k, v in config.items() if k not in _OWN}
@@ -66,8 +74,17 @@ def _like(config: Config) -> Config:
 
 
 def default(p: DecodeProblem, target: Target) -> Config:
-    """The tiles of decode_splitk_triton; what a piece costs beside its tiles is about five of a list's."""
+    """The tiles of decode_splitk_triton, or smaller ones; beside its tiles a piece costs about five of a list's.
+
+    Smaller where the loop over pieces would make blocks of 64 rows spill more than is legal (2700 bytes with fp8 q,
+    2050 with several query tokens of such heads that dividing by their number takes a multiplication).
+    """
     like = splitk.default(p, target)
+    if like.int("block_m") == 64:
+        if DTYPES[p.q_dtype].bits == 8:
+            like = like.replace(block_m=32, block_n=32, masked_first=True)
+        elif p.q_len > 1 and p.gqa_ratio & (p.gqa_ratio - 1):
+            like = like.replace(block_n=32)
     kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}
     return Config.of(NAME, **kept, overhead=5, waves=1, fold=False)
 
@@ -121,8 +138,8 @@ def _walk(p: DecodeProblem, target: Target, config: Config) -> Parts:
     kept = {k: v for k, v in constants.items() if k in _CONSTANTS or v is None}
     fold = bool(config["fold"])
     kept |= {"UNIT": UNIT, "LEAST_M": _LEAST_M, "FOLD": fold, "ROWS": _fold_rows(p, config) if fold else 0}
-    kept |= {} if fold else {"sums_ptr": None, "arrivals_ptr": None}
-    return kept, pointers + _lists(p, _LISTS if fold else ("groups", "info")) + strides + scalars
+    kept |= {} if fold else {"arrivals_ptr": None}
+    return kept, pointers + _lists(p, _LISTS if fold else _LISTS[:3]) + strides + scalars
 
 
 def _fold_rows(p: DecodeProblem, config: Config) -> int:
@@ -242,7 +259,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_PERSISTENT_TRITON = Variant(
-    name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="triton", revision=3, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip

@@ -2,14 +2,16 @@
 
 The tokens of a batch are laid end to end in tiles of UNIT tokens, each sequence preceded by `overhead` tiles, what a
 piece costs beside its tiles, and the line is cut into `groups` equal lengths: a group of programs (one a block of rows
-and KV head) walks one of them. So the slowest group has at most `overhead` more than the mean, whatever the lengths. A
-sequence without tokens is a sixteenth of a tile long: the padding of a captured graph is but written, as zeros.
+and KV head) walks one of them. So the slowest group has at most `overhead` more than the mean, whatever the lengths.
 Or (`even`) every sequence is cut into the same number of pieces, and each group has as many of them as any other.
+A sequence without tokens, the padding of a captured graph, is not on the line and in no piece: before it walks, group g
+looks at sequences g, g + groups, … and writes zeros and -inf for these, so all take part and stores are not waited for.
 
-A piece begins where a sequence or a group does; there are batch + groups of them, in the order of the line, of equal
-places the group's first. info [pieces, 4]: sequence, first tile, last tile, and how many pieces with tiles its sequence
-has: 0 where the piece has none and nothing to do. `groups_ptr` [groups + 1]: where each group's pieces begin.
-`sums_ptr` [batch, 3]: the first piece with tiles of a sequence, how many follow one another, where it begins.
+A piece begins where a sequence with tokens or a group does; there are at most batch + groups of them, in the order of
+the line, of equal places the group's first. info [batch + groups, 4]: sequence, first tile, last tile, and how many
+pieces with tiles its sequence has: 0 where the piece has none and nothing to do. `groups_ptr` [groups + 1]: where each
+group's pieces begin. `sums_ptr` [batch, 3]: the first piece with tiles of a sequence, how many follow one another (0:
+it is empty), where it begins.
 `arrivals_ptr` [batch, KV heads, cdiv(max_q_len · G, 16)]: 0. The list depends on the lengths and on nothing that is
 tuned but `groups` and `overhead`: UNIT is a multiple of every BLOCK_N, so any config of the walk runs it.
 
@@ -32,12 +34,12 @@ from mla_jit.ops.decode.triton_splitk import _lengths, _piece, _sum_pieces, _tok
 @triton.jit
 def _costs(b, batch, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
            HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """(tiles, length on the line in sixteenths) of sequences b; an empty one is 1 long, its output is written too."""
+    """(tiles, length on the line in sixteenths of a tile) of sequences b; both are 0 of an empty one."""
     FINE: tl.constexpr = 16
     ok = b < batch
     lengths = _visible(_lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
     tiles = tl.where(ok, tl.cdiv(lengths, UNIT), 0)
-    return tiles, tl.where(ok, tl.where(tiles > 0, FINE * (tiles + overhead), 1), 0)
+    return tiles, tl.where(tiles > 0, FINE * (tiles + overhead), 0)
 
 
 @triton.jit
@@ -66,6 +68,7 @@ def _cut_line(
     length = tl.maximum(tl.maximum(tl.cdiv(total, groups), least), FINE)
 
     start = tl.zeros((), tl.int32)
+    pieces = tl.zeros((), tl.int32)  # that begin where a sequence does
     for b0 in tl.range(0, batch, CHUNK, num_stages=1):
         b = b0 + offs
         ok = b < batch
@@ -73,26 +76,29 @@ def _cut_line(
                               HAS_LENS, PAGE, CP, UNIT)  # fmt: skip
         starts = start + tl.cumsum(costs, 0) - costs
         start += tl.sum(costs, 0)
+        some = tiles > 0
+        ranks = pieces + tl.cumsum(some.to(tl.int32), 0) - some
+        pieces += tl.sum(some.to(tl.int32), 0)
         group = starts // length
-        piece = b + group + 1
+        piece = ranks + group + 1
         kept = starts + tl.where(tiles > 0, FINE * overhead, 0)  # where its tiles begin
         first = tl.where(uncut, group, kept // length)
-        parts = tl.where((tiles == 0) | uncut, 1, (kept + FINE * (tiles - 1)) // length - first + 1)
+        parts = tl.where(uncut, 1, (kept + FINE * (tiles - 1)) // length - first + 1)
         last = tl.maximum(tl.minimum(tl.cdiv((group + 1) * length - kept, FINE), tiles), 0)
         last = tl.where(uncut, tiles, last)
-        tl.store(info_ptr + 4 * piece, b, mask=ok)
-        tl.store(info_ptr + 4 * piece + 1, tl.zeros_like(b), mask=ok)
-        tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
-        tl.store(info_ptr + 4 * piece + 3, tl.where((tiles == 0) | (last > 0), parts, 0), mask=ok)
-        tl.store(sums_ptr + 3 * b, piece + first - group, mask=ok)
-        tl.store(sums_ptr + 3 * b + 1, parts, mask=ok)
+        tl.store(info_ptr + 4 * piece, b, mask=some)
+        tl.store(info_ptr + 4 * piece + 1, tl.zeros_like(b), mask=some)
+        tl.store(info_ptr + 4 * piece + 2, last, mask=some)
+        tl.store(info_ptr + 4 * piece + 3, tl.where(last > 0, parts, 0), mask=some)
+        tl.store(sums_ptr + 3 * b, ranks + first + 1, mask=ok)
+        tl.store(sums_ptr + 3 * b + 1, tl.where(some, parts, 0), mask=ok)
         tl.store(sums_ptr + 3 * b + 2, starts, mask=ok)
     tl.debug_barrier()  # the starts are read below
 
     for g0 in tl.range(0, groups, CHUNK, num_stages=1):
         g = g0 + offs
         begin = g * length  # of a group, on the line
-        b = tl.zeros((CHUNK,), tl.int32)  # the last sequence that begins no later; the first begins at 0
+        b = tl.zeros((CHUNK,), tl.int32)  # the last sequence that begins no later; empty only where no tile is left
         begun = tl.zeros((CHUNK,), tl.int32)
         for k in tl.static_range(STEPS):
             probe = b + (1 << (STEPS - 1 - k))
@@ -101,8 +107,9 @@ def _cut_line(
             begun = tl.where(at <= begin, at, begun)
         tiles, costs = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
                               HAS_LENS, PAGE, CP, UNIT)  # fmt: skip
-        piece = g + b + (begun < begin).to(tl.int32)
         kept = begun + tl.where(tiles > 0, FINE * overhead, 0)
+        rank = tl.load(sums_ptr + 3 * b) - 1 - tl.where(uncut, begun, kept) // length
+        piece = g + rank + ((tiles > 0) & (begun < begin)).to(tl.int32)
         first = tl.maximum(tl.minimum(tl.cdiv(begin - kept, FINE), tiles), 0)
         last = tl.maximum(tl.minimum(tl.cdiv(begin + length - kept, FINE), tiles), 0)
         # a sequence that begins where the group does has a piece of its own
@@ -114,7 +121,7 @@ def _cut_line(
         tl.store(info_ptr + 4 * piece + 1, first, mask=ok)
         tl.store(info_ptr + 4 * piece + 2, last, mask=ok)
         tl.store(info_ptr + 4 * piece + 3, tl.where(some, parts, 0), mask=ok)
-    tl.store(groups_ptr + groups, batch + groups)
+    tl.store(groups_ptr + groups, pieces + groups)
 
 
 @triton.jit
@@ -124,24 +131,33 @@ def _cut_evenly(
 ):  # fmt: skip
     """As many pieces of each sequence as the groups hold once, most_pieces at most; those without a tile stay empty."""
     offs = tl.arange(0, CHUNK)
-    share = tl.maximum(tl.minimum(groups // batch, most_pieces), 1)
+    count = tl.zeros((), tl.int32)  # of sequences with tokens
+    for b0 in tl.range(0, batch, CHUNK, num_stages=1):
+        tiles, _ = _costs(b0 + offs, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, 0, HAS_LENS, PAGE, CP,
+                          UNIT)  # fmt: skip
+        count += tl.sum((tiles > 0).to(tl.int32), 0)
+    share = tl.maximum(tl.minimum(groups // tl.maximum(count, 1), most_pieces), 1)
+    before = tl.zeros((), tl.int32)
     for b0 in tl.range(0, batch, CHUNK, num_stages=1):
         b = b0 + offs
         ok = b < batch
         tiles, _ = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, 0, HAS_LENS, PAGE, CP,
                           UNIT)  # fmt: skip
         each = tl.maximum(tl.cdiv(tiles, share), 1)
-        parts = tl.maximum(tl.cdiv(tiles, each), 1)
+        parts = tl.cdiv(tiles, each)
+        some = tiles > 0
+        piece = (before + tl.cumsum(some.to(tl.int32), 0) - some) * share
+        before += tl.sum(some.to(tl.int32), 0)
         for k in tl.range(0, share, num_stages=1):
-            p_info = info_ptr + 4 * (b * share + k)
-            tl.store(p_info, b, mask=ok)
-            tl.store(p_info + 1, tl.minimum(k * each, tiles), mask=ok)
-            tl.store(p_info + 2, tl.minimum((k + 1) * each, tiles), mask=ok)
-            tl.store(p_info + 3, tl.where(k < parts, parts, 0), mask=ok)
-        tl.store(sums_ptr + 3 * b, b * share, mask=ok)
+            p_info = info_ptr + 4 * (piece + k)
+            tl.store(p_info, b, mask=some)
+            tl.store(p_info + 1, tl.minimum(k * each, tiles), mask=some)
+            tl.store(p_info + 2, tl.minimum((k + 1) * each, tiles), mask=some)
+            tl.store(p_info + 3, tl.where(k < parts, parts, 0), mask=some)
+        tl.store(sums_ptr + 3 * b, piece, mask=ok)
         tl.store(sums_ptr + 3 * b + 1, parts, mask=ok)
-        tl.store(sums_ptr + 3 * b + 2, b * share, mask=ok)
-    pieces = batch.to(tl.int64) * share
+        tl.store(sums_ptr + 3 * b + 2, piece, mask=ok)
+    pieces = count.to(tl.int64) * share
     for g0 in tl.range(0, groups, CHUNK, num_stages=1):
         g = g0 + offs
         tl.store(groups_ptr + g, (g * pieces // groups).to(tl.int32), mask=g < groups)
@@ -174,7 +190,7 @@ def schedule(
 def _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_t, out_stride_h, lse_stride_t,
                    lse_stride_h, G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
                    HAS_LSE: tl.constexpr):  # fmt: skip
-    """What `_piece` writes for a block of rows without tokens, without reading anything: output 0, LSE -inf."""
+    """What attention over no token is, for a block of rows: output 0, LSE -inf."""
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     row_ok = offs_m < q_len * G
@@ -186,6 +202,27 @@ def _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_
     if HAS_LSE:
         lse = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse, mask=row_ok)
+
+
+@triton.jit
+def _write_empty(
+    group, groups, batch, row_block, kvh, qo_indptr_ptr, out_ptr, lse_ptr, sums_ptr,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len,
+    G: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """A group's share of the sequences without tokens: of every `groups`-th sequence, 32 of them looked at together."""
+    FLAGS: tl.constexpr = 32
+    offs = tl.arange(0, FLAGS)
+    for b0 in tl.range(group, batch, groups * FLAGS, num_stages=1):
+        b = b0 + groups * offs
+        parts = tl.load(sums_ptr + 3 * b + 1, mask=b < batch, other=1)
+        found = tl.sum(tl.where(parts == 0, 1, 0) << offs, 0)  # a bit a sequence
+        if found != 0:
+            for k in tl.range(0, FLAGS, num_stages=1):
+                if ((found >> k) & 1) != 0:
+                    q_first, q_len = _tokens(b0 + groups * k, qo_indptr_ptr, max_q_len)
+                    _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+                                   lse_stride_t, lse_stride_h, G, C, BLOCK_M, BLOCK_C, HAS_LSE)  # fmt: skip
 
 
 @triton.jit
@@ -243,7 +280,7 @@ def decode_persistent(
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
     out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
-    max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
+    batch, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     STAGES: tl.constexpr, TMA: tl.constexpr, MASKED_FIRST: tl.constexpr,
@@ -260,6 +297,9 @@ def decode_persistent(
     row_block = pid % row_blocks
     kvh = (pid // row_blocks) % NUM_KV_HEADS
     group = pid // (row_blocks * NUM_KV_HEADS)
+    groups = tl.num_programs(0) // (row_blocks * NUM_KV_HEADS)
+    _write_empty(group, groups, batch, row_block, kvh, qo_indptr_ptr, out_ptr, lse_ptr, sums_ptr, out_stride_t,
+                 out_stride_h, lse_stride_t, lse_stride_h, max_q_len, G, C, BLOCK_M, BLOCK_C, HAS_LSE)  # fmt: skip
     for i in tl.range(tl.load(groups_ptr + group), tl.load(groups_ptr + group + 1), num_stages=1):
         piece = tl.zeros((), tl.int32) + i  # a tensor in the interpreter too
         b = tl.load(info_ptr + 4 * piece)
@@ -276,11 +316,7 @@ def decode_persistent(
             last_tile = tl.load(info_ptr + 4 * piece + 2) * (UNIT // BLOCK_N)
             if UNIT != BLOCK_N:
                 last_tile = tl.minimum(last_tile, tl.cdiv(kv_len, BLOCK_N))
-            if last_tile == 0:
-                if row_block * BLOCK_M < q_len * G:
-                    _write_nothing(row_block, kvh, q_first, q_len, out_ptr, lse_ptr, out_stride_t, out_stride_h,
-                                   lse_stride_t, lse_stride_h, G, C, BLOCK_M, BLOCK_C, HAS_LSE)  # fmt: skip
-            elif row_block * BLOCK_M < q_len * G:
+            if row_block * BLOCK_M < q_len * G:
                 _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first,
                        q_len, first_tile, last_tile, parts == 1, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
                        sinks_ptr, q_scale_ptr, kv_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t,
