@@ -6,7 +6,7 @@ import dataclasses
 import json
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
@@ -15,9 +15,12 @@ import torch
 
 import mla_jit
 from mla_jit import ahead, plan, target
-from mla_jit.ops.decode import persistent
+from mla_jit.config import Config
+from mla_jit.ops.decode import persistent, persistent_gluon
 from mla_jit.ops.decode.inputs import decode_inputs
 from mla_jit.ops.decode.worklist import work_list
+from mla_jit.problem import DecodeProblem
+from mla_jit.target import Target
 from mla_jit.tuning import bench
 
 pytestmark = pytest.mark.gpu
@@ -46,14 +49,14 @@ def built(request: pytest.FixtureRequest) -> dict[cases.Case, cases.Call]:
 FOLDED = CASES[::3]
 
 
-def fold(call: cases.Call) -> None:
-    """From now on calls like this one, with and without a list, sum their partials in Triton's walk."""
+def install(call: cases.Call, config_of: Callable[[DecodeProblem, Target], Config]) -> None:
+    """From now on calls like this one, with and without a list, have this config."""
     here, chosen = target.of_device("cuda", 0), []
     for planned in (False, True):
         given = {name: value for name, value in call.kwargs.items() if name not in ("num_kv_splits", "batch_invariant")}
         problem = decode_inputs(call.q, call.kv_cache, **given, scheduler="persistent", planned=planned).problem
         exported = json.loads(plan.export([problem], here))
-        config = persistent.default(problem, here).replace(fold=True)
+        config = config_of(problem, here)
         chosen.append({**exported["choices"][0], "config": config.to_json()})
     mla_jit.reload()
     assert plan.load(json.dumps({**exported, "choices": chosen}).encode(), here) == 2
@@ -79,7 +82,7 @@ def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     cases.check(call, out, lse)
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
-    assert dispatch.variant in ("decode_persistent_gluon", "decode_persistent_triton")
+    assert dispatch.variant == "decode_persistent_triton"
     first = out.clone()
     call.poison()
     metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
@@ -90,12 +93,41 @@ def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     assert torch.equal(again.view(torch.uint8), first.view(torch.uint8))  # the same inputs, the same bits
 
 
+WARP_SPECIALISED = tuple(
+    case for case in CASES
+    if case.q_dtype == case.kv_dtype in ("bf16", "fp16") and case.page % 64 == 0 and not case.kv_view
+    and case.C in (256, 512) and case.R in (0, 64)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("listed", WARP_SPECIALISED, ids=lambda c: c.id)
+@pytest.mark.usefixtures("forgotten")
+def test_a_case_in_gluon(listed: cases.Case) -> None:
+    """Right with a list of its own and with a shared one, and the same bits."""
+    call = cases.build(listed, DEVICE)
+    install(call, persistent_gluon.default)
+    call.poison()
+    out, lse = decode(call, scheduler="persistent")
+    cases.check(call, out, lse)
+    dispatch = mla_jit.last_dispatch()
+    assert dispatch is not None
+    assert dispatch.variant == "decode_persistent_gluon"
+    written = len(out) if "qo_indptr" not in call.kwargs else int(call.kwargs["qo_indptr"][-1])
+    first = out[:written].clone()
+    metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
+    for _ in range(3):
+        call.poison()
+        again, lse = decode(call, metadata=metadata)
+        cases.check(call, again, lse)
+        assert torch.equal(again[:written].view(torch.uint8), first.view(torch.uint8))
+
+
 @pytest.mark.parametrize("listed", FOLDED, ids=lambda c: c.id)
 @pytest.mark.usefixtures("forgotten")
 def test_a_folded_case(listed: cases.Case) -> None:
     """Right, with no third kernel; the same bits from layer to layer, the counts being zero after each."""
     call = cases.build(listed, DEVICE)
-    fold(call)
+    install(call, lambda problem, here: persistent.default(problem, here).replace(fold=True))
     call.poison()
     out, lse = decode(call, scheduler="persistent")
     cases.check(call, out, lse)
@@ -120,7 +152,7 @@ def test_whoever_is_last_the_bits_are_the_same(heads: int) -> None:
     """200 calls of a batch in which every sequence is cut, in a graph of 10 layers."""
     case = cases.Case(heads=heads, lens=(9000, 30000, 64, 0, 5000), extra_pages=0, out_view="", **cases.PLAIN)
     call = cases.build(case, DEVICE)
-    fold(call)
+    install(call, lambda problem, here: persistent.default(problem, here).replace(fold=True))
     metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.kwargs)
     assert int(metadata.sums[:, 1].max()) > 2
     first, _ = decode(call, metadata=metadata)
