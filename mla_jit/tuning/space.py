@@ -44,6 +44,8 @@ def candidates(
     spaces = load(problem.op) if spaces is None else spaces
     defaults = [(variant, variant.default(problem, target)) for variant in variants]
     ranked = sorted(defaults, key=lambda pair: pair[0].cost(problem, target, pair[1]).time_us)
+    of_uneven = [pair for pair in ranked if _for_uneven(problem, pair[1])]
+    ranked = [pair for pair in ranked if pair not in of_uneven[1:]]  # the cheapest of them stands for all
     found: dict[tuple[Any, ...], Config] = {}
     seen = {variant.name: _Identity(problem, target, variant, default) for variant, default in defaults}
     for variant, config in itertools.chain(ranked, _products(problem, target, defaults, spaces)):
@@ -52,13 +54,18 @@ def candidates(
     return list(found.values())
 
 
+def _for_uneven(problem: Any, default: Config) -> bool:
+    """Whether a variant balances uneven lengths and the problem's are even: then it is not tuned."""
+    slotless = problem.op == "decode" and "num_kv_splits" not in default
+    return slotless and problem.total_kv is None and problem.scheduler == "auto"
+
+
 def _products(
     problem: DecodeProblem, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
 ) -> Iterator[tuple[Variant, Config]]:
     for variant, default in defaults:
-        slotless = problem.op == "decode" and "num_kv_splits" not in default
-        if slotless and problem.total_kv is None and problem.scheduler == "auto":
-            continue  # it balances uneven lengths; for even ones its default stands for it
+        if _for_uneven(problem, default):
+            continue
         if (space := spaces.get(variant.name)) is not None:
             for config in _product(problem, target, variant, default, space):
                 yield variant, config

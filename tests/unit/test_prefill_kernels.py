@@ -20,7 +20,7 @@ from mla_jit import errors, launch, ops, settings, target
 from mla_jit.compile.triton import compile_source
 from mla_jit.config import Config
 from mla_jit.launch.null import NullRuntime
-from mla_jit.ops.prefill import persistent, tiles
+from mla_jit.ops.prefill import gluon, persistent, tiles
 from mla_jit.ops.prefill.inputs import prefill_inputs
 from mla_jit.problem import MergeProblem, PrefillProblem, ReduceProblem
 
@@ -98,12 +98,12 @@ def test_a_call_is_one_launch_of_as_many_blocks_as_the_bound_allows(null: NullRu
     call = _call()
     mla_jit.prefill(call.q, call.k, call.v, **call.kwargs)
     (record,) = null.records
-    assert record.kernel == "prefill_triton"
+    assert record.kernel == "prefill_gluon"
     assert record.grid == (2 * 16 * 3, 1, 1)
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
     assert dispatch.workspace_bytes == 0
-    assert dispatch.config["tma"] is True
+    assert dispatch.config["block_m"] == 128
     again = _call(q_lens=(200, 140))
     mla_jit.prefill(call.q, call.k, call.v, **call.kwargs | {"qo_indptr": again.kwargs["qo_indptr"]})
     assert null.records[1].grid == record.grid
@@ -130,7 +130,7 @@ def test_the_schedulers_refuse_each_others_calls(null: NullRuntime) -> None:
     mla_jit.prefill(call.q, call.k, call.v, **{**call.kwargs, "scheduler": "tiles"})
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
-    assert dispatch.variant == tiles.NAME
+    assert dispatch.variant == gluon.NAME
     assert "a program a block of queries is asked for" in dispatch.rejected[persistent.NAME]
     with pytest.raises(errors.NoVariant, match="fp32 q, k or v"):
         mla_jit.prefill(*(x.float() for x in (call.q, call.k, call.v)), **call.kwargs)
@@ -293,7 +293,7 @@ def test_every_default_is_accepted_on_every_target(name: str) -> None:
                 num_heads=heads[0], num_kv_heads=heads[1], qk_dim=qk_dim, v_dim=v_dim, kv_dtype=kv, q_len=q_len,
                 total_q=2 * q_len, batch=2,
             )  # fmt: skip
-            for variant in ops.variants("prefill")[:2]:
+            for variant in (tiles.PREFILL_TRITON, persistent.PREFILL_PERSISTENT_TRITON):
                 config = variant.default(problem, there)
                 assert set(config) == set(variant.space)
                 assert variant.rejects(problem, there, config) is None

@@ -141,6 +141,8 @@ def _no_tma(p: DecodeProblem, config: Config) -> str | None:
         return "fp8 tiles are decoded in registers: no bulk tensor copies"
     if p.kv_lora_rank != _pow2(p.kv_lora_rank, 16) or (p.rope_dim and p.rope_dim != _pow2(p.rope_dim, 16)):
         return "kv_lora_rank or rope_dim is not a power of two: no bulk tensor copies"
+    if 0 < p.rope_dim < 64:
+        return f"rope_dim {p.rope_dim} < 64: a call with bulk copies of such rows did not end on one H200"
     return None
 
 
