@@ -126,7 +126,8 @@ def allowed_knobs(row: Row) -> bool:
     wide = row.get("dtypes", "bf16") == "bf16"
     if (row.get("swap") and not wide) or (row.get("pdl") and not there.has("pdl")):
         return False
-    if row.get("tma") and not (there.has("tma") and wide and row.get("page_size", 64) % row.get("block_n", 16) == 0):
+    whole = row.get("page_size", 64) % row.get("block_n", 16) == 0 and row.get("dims", (512, 64))[1] >= 64
+    if row.get("tma") and not (there.has("tma") and wide and whole):
         return False
     tile = row.get("block_n", 16) * row.get("dims", (256, 32))[0] * (2 if "dtypes" in row and wide else 1)
     return tile * max(1, row.get("num_stages", 1) - 1) <= there.smem_bytes
