@@ -1,7 +1,7 @@
 """Runs decode cases through the Triton kernels in Triton's interpreter; a process of its own (TRITON_INTERPRET=1).
 
-    TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--sms 3] [--dtype fp16] [--only TEXT]
-        [--part I/N] [--stop] [--variant NAME] [name=value …]
+    TRITON_INTERPRET=1 python tests/interpreted_main.py [--target sm_80] [--sms 3] [--dtype fp16] [--rope-dim 64]
+        [--only TEXT] [--part I/N] [--stop] [--variant NAME] [name=value …]
 
 What is launched is what the variant's row says: sources, launches, workspace and offsets of its own default config,
 with the tunables given as name=value changed. The first line of JSON names the package that was tested; each case
@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--target", default="sm_80")
     parser.add_argument("--sms", type=int, default=3, help="of the target; each of its programs is walked in Python")
     parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--rope-dim", type=int, default=0, help="instead of narrower ones, other than none")
     parser.add_argument("--only", default="", help="cases whose id contains this")
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
@@ -115,6 +116,8 @@ def main() -> int:
     first, step = map(int, options.part.split("/"))
     for case in cases.SMALL[first::step]:
         case = of_variant(interpretable(case, options.dtype), variant)
+        if 0 < case.R < options.rope_dim:
+            case = dataclasses.replace(case, R=options.rope_dim)
         if options.only not in case.id:
             continue
         started = time.perf_counter()
