@@ -40,6 +40,11 @@ class Config(Mapping[str, Value]):
         assert isinstance(value, int), f"{self.variant}.{name} is {value!r}, not an integer"
         return value
 
+    def text(self, name: str) -> str:
+        value = self[name]
+        assert isinstance(value, str), f"{self.variant}.{name} is {value!r}, not a name"
+        return value
+
     def __getitem__(self, name: str) -> Value:
         for key, value in self.items_:
             if key == name:

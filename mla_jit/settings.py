@@ -47,6 +47,7 @@ class Settings:
     failpoint: for tests, "name=action" (see compile/cache.py).
     tuning_db: the user's tuning database; None means `tuning.db` in the user's cache directory.
     shipped_db: whether the tuning rows shipped with the package are looked at; after `mla_jit.reload()` if changed.
+    bounded_waits: assembled kernels end with a message and a trap instead of hanging at a barrier (slower; to debug).
     """
 
     cache_dir: Path | None = None
@@ -59,6 +60,7 @@ class Settings:
     failpoint: str | None = None
     tuning_db: Path | None = None
     shipped_db: bool = True
+    bounded_waits: bool = False
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Settings:
@@ -89,7 +91,7 @@ def _parse(variable: str, name: str, text: str) -> object:
             return tuple(Path(p).expanduser() for p in text.split(os.pathsep) if p)
         if name.endswith("_s"):
             return float(text)
-        if name in ("safe_compile", "shipped_db"):
+        if name in ("safe_compile", "shipped_db", "bounded_waits"):
             return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}[text.lower()]
     except (ValueError, KeyError):
         raise SettingsError(f"{variable}={text!r} cannot be understood; unset it or correct it") from None

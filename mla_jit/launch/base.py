@@ -122,11 +122,13 @@ class Packed:
                     here.append(8 * self.operands.index((arg.name, arg.offset)))
                 elif arg.kind == "f32":
                     here.append(8 * len(self.operands) + 4 * self.float_names.index(arg.name))
-                elif arg.kind == "tma":  # the map, then its shape and strides by value
+                elif arg.kind == "tma":  # the map; then, for a kernel of Triton's, its shape and strides by value
                     view = binding.views[arg.name]
                     self.maps.append((number, len(here), next(parameters), arg))
-                    element = view.row_bytes // view.row_elements
                     here.append(-1)
+                    if artifacts[launch.kernel].extra.get("bare_maps"):
+                        continue
+                    element = view.row_bytes // view.row_elements
                     here += [put("i32", view.rows), put("i32", view.columns)]
                     here += [put("i64", view.row_bytes // element), put("i64", 1)]
                 else:

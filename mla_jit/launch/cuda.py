@@ -63,6 +63,8 @@ class CudaBound:
             self._maps.append((packed.operands.index((arg.name, arg.offset)), number, position, box, arg))
         self._map_operands = [operand for operand, *_ in self._maps]
         self._calls = []
+        self._watched = [a for a in artifacts if a.extra.get("barriers")]
+        self._hung = runtime.hung
         for number, launch in enumerate(launches):
             artifact = artifacts[launch.kernel]
             function = runtime.load(artifact, device)
@@ -105,6 +107,9 @@ class CudaBound:
                 result = self._launch(config, function, addresses, 0)
                 if result[0]:
                     _check(result, f"launch of {name}")
+        if self._watched and not _capturing(stream):
+            for artifact in self._watched:
+                self._hung(artifact, self._device, stream)
 
     def _map(self, index: int, pointer: int, box: dict[str, Any], arg: Arg) -> int:
         """The address of the encoded tensor map for a buffer at `pointer`, kept for the next call."""
@@ -114,6 +119,13 @@ class CudaBound:
             made = encode_map(pointer, self._binding.views[arg.name], box)
             self._encoded[index, pointer] = (int(made.getPtr()), made)
         return self._encoded[index, pointer][0]
+
+
+def _capturing(stream: int) -> bool:
+    from cuda.bindings import driver
+
+    status = _check(driver.cuStreamIsCapturing(driver.CUstream(stream)), "state of the stream")
+    return bool(status != driver.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE)
 
 
 def encode_map(pointer: int, view: Any, box: dict[str, Any]) -> Any:
@@ -151,11 +163,12 @@ class CudaRuntime:
 
     def __init__(self) -> None:
         self._functions: dict[tuple[str, int], Any] = {}
+        self._modules: dict[tuple[str, int], Any] = {}
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._functions, self._lock = {}, threading.Lock()
+        self._functions, self._modules, self._lock = {}, {}, threading.Lock()
 
     def load(self, artifact: Artifact, device: int) -> Any:
         """The kernel of an artifact as a CUfunction of `device`."""
@@ -171,6 +184,7 @@ class CudaRuntime:
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # torch creates the primary context
             module = _check(driver.cuModuleLoadData(artifact.binary), f"load of {artifact.name} ({artifact.isa})")
+            self._modules[artifact.key, device] = module
             function = _check(
                 driver.cuModuleGetFunction(module, artifact.entry.encode()), f"lookup of {artifact.entry}"
             )
@@ -181,6 +195,24 @@ class CudaRuntime:
                     f"shared memory of {artifact.name}",
                 )
         return function
+
+    def hung(self, artifact: Artifact, device: int, stream: int) -> None:
+        """LaunchError if a thread of a kernel with bounded waits has given up; waits for the stream."""
+        from cuda.bindings import driver
+
+        _check(driver.cuStreamSynchronize(driver.CUstream(stream)), f"run of {artifact.name}")
+        place, size = _check(
+            driver.cuModuleGetGlobal(self._modules[artifact.key, device], b"hung"), f"record of {artifact.name}"
+        )
+        record = (ctypes.c_uint32 * 3)()
+        _check(driver.cuMemcpyDtoH(ctypes.addressof(record), place, size), f"record of {artifact.name}")
+        if record[0]:
+            _check(driver.cuMemsetD32(place, 0, 3), f"record of {artifact.name}")
+            which = artifact.extra["barriers"].get(str(record[2]), f"at {record[2]}")
+            raise LaunchError(
+                f"{artifact.name}: thread {record[1]} of program {record[0] - 1} waited in vain for the barrier {which!r}; "
+                "its output is not complete. This is a fault of the kernel: please report the problem"
+            )
 
     def has(self, artifact: Artifact, device: int) -> bool:
         """Whether the artifact is loaded on the device already."""
