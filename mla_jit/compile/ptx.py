@@ -31,8 +31,8 @@ def assembler() -> Path:
         if (path := Path(folder, "backends", "nvidia", "bin", "ptxas")).exists():
             return path
     raise CompileError(
-        f"no ptxas: PTX templates are assembled by the one in the wheel of {triton.version()}; a build of Triton without "
-        "NVIDIA tools cannot"
+        f"no ptxas: PTX templates are assembled by the one in the wheel of {triton.version()}; this Triton has "
+        "no NVIDIA tools"
     )
 
 
@@ -74,7 +74,7 @@ def compile_source(source: Source) -> Artifact:
 
 
 def assemble(made: render.Rendered, source: Source) -> tuple[bytes, str]:
-    """(cubin, what ptxas said). CompileError with the template's line for errors, and for advice of lost performance."""
+    """(cubin, what ptxas said). CompileError, with the template's line, for errors and advice of lost performance."""
     with tempfile.TemporaryDirectory(prefix="mla_jit-ptx-") as folder:
         text, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         text.write_text(made.text, encoding="ascii", errors="replace")

@@ -1,7 +1,7 @@
 """Assembly templates: Jinja2 text in asm_templates/<isa>/, closed over what it imports, filled in for one kernel.
 
-A template begins with its header, YAML in a comment `{#--- … ---#}`: op, entry, threads, registers by role, and the names
-of the constants that it takes. It is filled in with these constants and:
+A template begins with its header, YAML in a comment `{#--- … ---#}`: op, entry, threads, registers by role, and the
+names of the constants that it takes. It is filled in with these constants and:
 
     parameters       the kernel's parameter list, in the order of the signature
     arg(name)        the PTX name of a parameter; params: their names; bytes[name]: the size of what a pointer points to
@@ -48,7 +48,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Text for the assembler. origins: of each of its lines (file, line) in the templates, or None; barriers by offset."""
+    """Text for the assembler. origins: of each line (file, line) in the templates, or None; barriers: by offset."""
 
     text: str
     origins: tuple[tuple[str, int] | None, ...]
@@ -158,7 +158,8 @@ def render(source: Source) -> Rendered:
         raise CompileError(f"{source.name}: {main} does not use {', '.join(sorted(unused))}", key=source.key)
     if left := [name for name in signature if name not in seen]:
         raise CompileError(f"{source.name}: {main} does not read the parameters {', '.join(left)}", key=source.key)
-    lines, origins = [], []
+    lines: list[str] = []
+    origins: list[tuple[str, int] | None] = []
     for line in made.splitlines():
         if (mark := _MARK.search(line)) is not None:
             line = line[: mark.start()]

@@ -210,8 +210,8 @@ class CudaRuntime:
             _check(driver.cuMemsetD32(place, 0, 3), f"record of {artifact.name}")
             which = artifact.extra["barriers"].get(str(record[2]), f"at {record[2]}")
             raise LaunchError(
-                f"{artifact.name}: thread {record[1]} of program {record[0] - 1} waited in vain for the barrier {which!r}; "
-                "its output is not complete. This is a fault of the kernel: please report the problem"
+                f"{artifact.name}: thread {record[1]} of program {record[0] - 1} waited in vain for the barrier "
+                f"{which!r}; its output is not complete. This is a fault of the kernel: please report the problem"
             )
 
     def has(self, artifact: Artifact, device: int) -> bool:

@@ -13,7 +13,6 @@ from mla_jit import settings
 from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, splitk
 from mla_jit.ops.variant import Cost, Variant
