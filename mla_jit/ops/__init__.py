@@ -15,7 +15,7 @@ OPS = ("decode", "prefill")  # those with a support matrix and a tuning space
 def variants(op: str) -> tuple[Variant, ...]:
     """All variants of an op, in the order in which equals are preferred. Imported on first use."""
     if op == "decode":
-        from mla_jit.ops.decode.asm_splitk import DECODE_SPLITK_ASM
+        from mla_jit.ops.decode.asm_splitk import DECODE_NARROW_ASM, DECODE_SPLITK_ASM
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON
         from mla_jit.ops.decode.persistent import DECODE_PERSISTENT_TRITON
@@ -23,7 +23,7 @@ def variants(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
         return (
-            DECODE_SPLITK_ASM, DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_GLUON,
+            DECODE_NARROW_ASM, DECODE_SPLITK_ASM, DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_GLUON,
             DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU,
         )  # fmt: skip
     if op == "prefill":

@@ -1,12 +1,14 @@
-"""The row of `decode_splitk_asm`: the PTX template decode_splitk.ptx, blocks of 64 rows with warpgroup matrix products.
+"""The rows of the PTX templates of stage 1: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` (up to 32 rows).
 
-Pieces, arguments, workspace and combine are those of splitk.py, its shape that of decode_splitk_gluon.
+Pieces, arguments, workspace and combine are those of splitk.py. Imports neither triton nor jinja2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from mla_jit import settings
@@ -19,22 +21,79 @@ from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 
-NAME = "decode_splitk_asm"
-TEMPLATE = "decode_splitk.ptx"
 _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _BOX_BYTES = _BOX * _BOX * 2
+_NARROW = 32  # rows for which Oᵀ stays in registers
+_TILES = 5  # that the ring holds at most
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-_UNPROVEN = 1e6  # a predicted time that no other variant has: not run on a GPU yet, so taken by measured rows alone
-# Parameters of decode_splitk by what makes the kernel read them; others than these are always read.
+_UNPROVEN = 1e6  # us: a predicted time that no other variant has. Not run on a GPU yet: taken by measured rows alone
+# Parameters of decode_splitk that no template reads: tiles are copied through tensor maps alone.
 _WITHOUT = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
 
 
-def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
+@dataclass(frozen=True)
+class Template:
+    """What tells one template's row from another's.
+
+    blocks: why it has no block of rows for this problem and config, or None. block: the default's. layout: where things
+    lie in shared memory, in bytes, by the names of constants; ARENA is the size of all.
+    """
+
+    name: str
+    file: str
+    blocks: Callable[[DecodeProblem, Config], str | None]
+    block: Callable[[DecodeProblem], int]
+    layout: Callable[[DecodeProblem, Target, Config], dict[str, Any]]
+    space: tuple[int, ...]
+
+
+def _boxes(p: DecodeProblem) -> int:
+    return -(-p.kv_lora_rank // _BOX)
+
+
+def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
+    """q, two tiles, maxima and sums of 64 rows, barriers. A tile has an even number of boxes, and the rope's."""
+    boxes = -(-_boxes(p) // 2) * 2 + 1
+    tile = boxes * _BOX_BYTES
+    rows = 3 * tile
+    barriers = rows + 4 * 64 * 4
+    return {"Q": 0, "K": [tile, 2 * tile], "ROWS": rows, "BARRIERS": barriers, "ARENA": barriers + 8 * (2 * boxes + 4)}
+
+
+def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
+    """The ring, q, P, maxima of four warps, barriers; as many boxes in the ring as there is room for."""
+    n = config.int("block_m")
+    copied = _boxes(p) + (1 if p.rope_dim else 0)
+    q, weights, maxima = (_boxes(p) + 1) * n * 128, n * 128, 16 * n
+    slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
+    slots = max(copied, min(slots, _TILES * copied))
+    ring = slots * _BOX_BYTES
+    at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
+    return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
+
+
+WIDE = Template(
+    name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p: 64,
+    layout=_wide_layout, space=(64,),
+)  # fmt: skip
+NARROW = Template(
+    name="decode_narrow_asm", file="decode_narrow.ptx",
+    blocks=lambda p, config: (
+        f"{p.rows} rows do not fit one block of {config['block_m']}" if p.rows > config.int("block_m")
+        else f"blocks of {config['block_m']} rows, {p.rows} are enough" if config.int("block_m") >= max(p.rows, 1) + 8
+        else None
+    ),
+    block=lambda p: min(_NARROW, max(8, -(-p.rows // 8) * 8)),
+    layout=_narrow_layout, space=(8, 16, 24, 32),
+)  # fmt: skip
+
+
+def _rejects(template: Template, p: DecodeProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
     if p.scheduler == "persistent":
         return "the persistent scheduler is asked for"
-    if not render.has(target.isa, TEMPLATE):
-        return f"there is no template {TEMPLATE} for {target.isa}"
+    if not render.has(target.isa, template.file):
+        return f"there is no template {template.file} for {target.isa}"
     if p.q_dtype != p.kv_dtype or p.q_dtype not in ("bf16", "fp16"):
         return f"q is {p.q_dtype} and the cache is {p.kv_dtype}: both must be bf16 or both fp16"
     if p.kv_lora_rank > 512 or p.kv_lora_rank % 8 or p.rope_dim > _BOX or p.rope_dim % 8:
@@ -45,18 +104,22 @@ def rejects(p: DecodeProblem, target: Target, config: Config) -> str | None:
         return f"page size {p.page_size} is no multiple of a tile of {_BOX} tokens"
     if not p.flat_pages:
         return "the cache's page stride is not page_size × token stride: no bulk tensor copies"
+    if (reason := template.blocks(p, config)) is not None:
+        return reason
     if config["pdl"] and not target.has("pdl"):
         return f"{target.name} has no programmatic dependent launch"
-    if (size := _layout(p)["ARENA"]) > target.smem_bytes:
+    if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
     if splitk.slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     return None
 
 
-def default(p: DecodeProblem, target: Target) -> Config:
-    """A sound config from shapes alone: that of decode_splitk_gluon."""
-    return Config.of(NAME, **gluon.default(p, target), policy="evict_first")
+def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
+    """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them."""
+    like = dict(gluon.default(p, target)) | {"block_m": template.block(p)}
+    config = Config.of(template.name, **like, policy="evict_first")
+    return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
 
 
 def _like(config: Config) -> Config:
@@ -64,20 +127,12 @@ def _like(config: Config) -> Config:
     return gluon._like(Config.of(gluon.NAME, **{k: v for k, v in config.items() if k != "policy"}))
 
 
-def _layout(p: DecodeProblem) -> dict[str, Any]:
-    """Where things lie in shared memory, in bytes: q, two tiles, maxima and sums of 64 rows, barriers."""
-    boxes = -(-p.kv_lora_rank // (2 * _BOX)) * 2 + 1
-    tile = boxes * _BOX_BYTES
-    rows = 3 * tile
-    barriers = rows + 4 * 64 * 4
-    return {"Q": 0, "K": [tile, 2 * tile], "ROWS": rows, "BARRIERS": barriers, "ARENA": barriers + 8 * (2 * boxes + 4)}
-
-
-def _constants(p: DecodeProblem, config: Config) -> dict[str, Scalar]:
-    layout = {k: json.dumps(v) if isinstance(v, list) else v for k, v in _layout(p).items()}
-    return layout | {
+def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
+    layout = template.layout(p, target, config)
+    return {k: json.dumps(v) if isinstance(v, list) else v for k, v in layout.items()} | {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
-        "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= 64 else 0, "BATCH_POW2": splitk._batch_pow2(p),
+        "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
+        "BATCH_POW2": splitk._batch_pow2(p),
         "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
         "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
@@ -103,19 +158,19 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
     return found
 
 
-def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
+def _sources(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """The kernel, and the combine of splitk.py where a sequence may be cut."""
     _, *rest = splitk.sources(p, target, _like(config))
-    head = render.header(target.isa, TEMPLATE)
+    head = render.header(target.isa, template.file)
     stage1 = Source(
-        name=NAME,
+        name=template.name,
         toolchain="ptx",
         toolchain_version=ptx.version(),
         isa=target.isa,
-        content=render.closure(target.isa, TEMPLATE),
-        constants=tuple(sorted(_constants(p, config).items())),
+        content=render.closure(target.isa, template.file),
+        constants=tuple(sorted(_constants(template, p, target, config).items())),
         signature=tuple((name, kind) for name, kind, _ in _arguments(p, target, config)),
-        locator=f"{target.isa}/{TEMPLATE}",
+        locator=f"{target.isa}/{template.file}",
         limits=Limits(
             smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
         ),
@@ -123,22 +178,33 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     return (stage1, *rest)
 
 
-def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
+def _launches(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
     """One program a (row block, KV head, piece); then the combine."""
     like, *rest = splitk.launches(p, target, _like(config))
     return (dataclasses.replace(like, args=tuple(arg for *_, arg in _arguments(p, target, config))), *rest)
 
 
-def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
+def _cost(template: Template, p: DecodeProblem, target: Target, config: Config) -> Cost:
     """As decode_splitk_gluon's, but taken by nobody: the kernel has not run on a GPU."""
     found = gluon.cost(p, target, Config.of(gluon.NAME, **{k: v for k, v in config.items() if k != "policy"}))
     return dataclasses.replace(found, time_us=found.time_us + _UNPROVEN)
 
 
-SPACE: dict[str, tuple[int | str | bool, ...]] = {**gluon.SPACE, "policy": ("evict_first", "evict_normal")}
+def _variant(template: Template, revision: int) -> Variant:
+    space: dict[str, tuple[int | str | bool, ...]] = {
+        **gluon.SPACE, "block_m": template.space, "policy": ("evict_first", "evict_normal"),
+    }  # fmt: skip
+    return Variant(
+        name=template.name, op="decode", backend="asm", revision=revision,
+        rejects=lambda p, target, config: _rejects(template, p, target, config),
+        default=lambda p, target: _default(template, p, target),
+        sources=lambda p, target, config: _sources(template, p, target, config),
+        launches=lambda p, target, config: _launches(template, p, target, config),
+        cost=lambda p, target, config: _cost(template, p, target, config),
+        workspace_bytes=splitk.workspace_bytes, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
+        resize=splitk.resize, space=space,
+    )  # fmt: skip
 
-DECODE_SPLITK_ASM = Variant(
-    name=NAME, op="decode", backend="asm", revision=1, rejects=rejects, default=default, sources=sources,
-    launches=launches, workspace_bytes=splitk.workspace_bytes, cost=cost, numbers=splitk.numbers,
-    offsets=splitk.workspace_offsets, resize=splitk.resize, space=SPACE,
-)  # fmt: skip
+
+DECODE_SPLITK_ASM = _variant(WIDE, 1)
+DECODE_NARROW_ASM = _variant(NARROW, 1)
