@@ -112,7 +112,7 @@ def render(source: Source) -> Rendered:
     marked = {file: _marked(number, text) for number, (file, text) in enumerate(files)}
     seen: set[str] = set()
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader(marked), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: (marked[name], name, None)), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=False, keep_trailing_newline=True,
     )  # fmt: skip
     unused = set(given)
@@ -193,12 +193,12 @@ def _parameter(name: str, kind: str) -> str:
 
 def _where(error: Any, files: list[list[str]]) -> str:
     """The innermost place in a template that an error's traceback tells of."""
+    if isinstance(getattr(error, "lineno", None), int):  # of syntax
+        return f"{error.name}, line {error.lineno}: "
     names = {name for name, _ in files}
     found, trace = "", error.__traceback__
     while trace is not None:
-        if (file := Path(trace.tb_frame.f_code.co_filename).name) in names or file == "<template>":
-            found = f"{trace.tb_frame.f_globals.get('name', file)}, line {trace.tb_lineno}: "
+        if (file := trace.tb_frame.f_code.co_filename) in names:
+            found = f"{file}, line {trace.tb_lineno}: "
         trace = trace.tb_next
-    if isinstance(getattr(error, "lineno", None), int):
-        found = f"{getattr(error, 'name', '')}, line {error.lineno}: "
     return found

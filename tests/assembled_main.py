@@ -1,0 +1,192 @@
+"""Runs decode cases through the PTX templates in the emulator of ptx_machine; a process of its own (TRITON_INTERPRET=1).
+
+    TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype bf16] [--only TEXT] [--part I/N]
+        [--seed N] [--stop] [--mistake NAME] [name=value …]
+
+Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter. Each
+case is made to fit: pages of 64 tokens or a multiple, rope_dim as it is. A case that the variant refuses is said with the
+reason, and is no failure. With --mistake a template is changed as MISTAKES says. The exit status is the number of failures (at most 100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+import cases
+import ptx_machine
+import torch
+from interpreted_main import RED, interpretable, say
+
+from mla_jit import ops
+from mla_jit.compile import render
+from mla_jit.compile.artifact import Source
+from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
+from mla_jit.launch import interpreter
+from mla_jit.launch.base import Binding, Launch
+from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
+from mla_jit.ops.variant import Variant
+from mla_jit.target import Target, by_name
+
+
+MISTAKES: dict[str, tuple[str, str, str]] = {  # (file, what stands there, what stands there instead)
+    "the last token": ("pieces.ptx", "min.s32 kv_end, kv_end, kv_len;", "min.s32 kv_end, kv_end, kv_len; sub.s32 kv_end, kv_end, 1;"),
+    "a tile too few": ("pieces.ptx", "sub.s32 count, last_tile, first_tile;", "sub.s32 count, last_tile, first_tile; sub.s32 last_tile, last_tile, 1; sub.s32 count, count, 1;"),
+    "another's pages": ("pieces.ptx", "cvt.s64.s32 d0, b;", "mov.u64 d0, 0;"),
+    "one token for all": ("queries.ptx", "mul.lo.s64 stride, stride, t;", "mul.lo.s64 stride, stride, 0;"),
+    "second half of a page": ("decode_splitk.ptx", "mad.lo.u32 row, page, {{ PAGE }}, t0;", "mul.lo.u32 row, page, {{ PAGE }};"),
+    "causal off by one": ("decode_splitk.ptx", "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;", "add.s32 t0, t0, token{{ r }};"),
+    "V is not zeroed": ("decode_splitk.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "no fence after P": ("decode_splitk.ptx", "{{ m.fence_async() }}\n    {{ m.bar_arrive(1 + b, 256) }}", "{{ m.bar_arrive(1 + b, 256) }}"),
+    "no wait for P": ("decode_splitk.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),
+    "no wait for a free buffer": ("decode_splitk.ptx", "{{ m.mbar_wait(empty(b, i // HALF), 'phase') }}", ""),
+    "no wait for a box": ("decode_splitk.ptx", "{{ m.mbar_wait(full(b, i), 'phase') }}", ""),
+    "a box given back early": ("decode_splitk.ptx", "{{ m.wgmma_wait(0) }}\n        {{ release(1, 1) }}", "{{ release(1, 1) }}\n        {{ m.wgmma_wait(0) }}"),
+    "maxima of other rows": ("decode_splitk.ptx", "ld.shared.f32 m_new1, [row4+{{ MAXIMA[b] + 32 }}];", "ld.shared.f32 m_new1, [row4+{{ MAXIMA[b] }}];"),
+    "half the sums": ("decode_splitk.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
+    "too few bytes expected": ("decode_splitk.ptx", "{{ m.mbar_expect(full(b, i), BOX) }}", "{{ m.mbar_expect(full(b, i), BOX - 128) }}"),
+    "narrow: no barrier after P": ("decode_narrow.ptx", "{{ m.fence_async() }}\n        {{ m.bar_sync(1, 128) }}                  // P", "{{ m.fence_async() }}                  // P"),
+    "narrow: no fence after P": ("decode_narrow.ptx", "{{ m.fence_async() }}\n        {{ m.bar_sync(1, 128) }}                  // P", "{{ m.bar_sync(1, 128) }}                  // P"),
+    "narrow: a warp's maxima": ("decode_narrow.ptx", "{% for other in (1, 2, 3) %}\n        ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n        max", "{% for other in (1, 2) %}\n        ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n        max"),
+    "narrow: the ring's parity": ("decode_narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
+    "narrow: O is not rescaled": ("decode_narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
+}  # fmt: skip
+
+
+def planted(name: str) -> None:
+    """Makes the mistake in every template that is read from here on."""
+    file, old, new = MISTAKES[name]
+    true = render.closure
+
+    def closure(isa: str, template: str) -> str:
+        files = json.loads(true(isa, template))
+        for entry in files:
+            if entry[0] == file:
+                assert old in entry[1], f"{file} has no {old!r}"
+                entry[1] = entry[1].replace(old, new)
+        return json.dumps(files)
+
+    render.closure = closure  # type: ignore[assignment]
+
+
+def fitting(case: cases.Case, page: int) -> cases.Case:
+    """The case with pages that hold whole tiles."""
+    return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64))
+
+
+def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
+    """The tensors of a call as device memory: their whole storages, since strides and views reach all of them."""
+    memory = ptx_machine.Memory()
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            memory.add(name, storage.data_ptr(), storage.nbytes(), writable=name in ("out", "lse", "workspace"))
+    return memory
+
+
+def run_stage1(
+    source: Source, launch: Launch, binding: Binding, places: dict[str, int], floats: dict[str, float],
+    memory: ptx_machine.Memory, seed: int,
+) -> ptx_machine.Statistics:  # fmt: skip
+    """The kernel of a PTX source on host memory."""
+    made = render.render(source)
+    arguments: list[Any] = []
+    for arg in launch.args:
+        if arg.kind == "tma":
+            view = binding.views[arg.name]
+            element = DTYPES[view.dtype].bytes
+            arguments.append(
+                ptx_machine.TensorMap(places[arg.name], view.rows, view.columns, view.row_bytes, element, *arg.block)
+            )
+        elif arg.kind == "ptr":
+            arguments.append(places[arg.name] + arg.offset)
+        else:
+            arguments.append(floats[arg.name] if arg.kind == "f32" else int(binding.numbers[arg.name]))
+    size = int(dict(source.constants)["ARENA"] or 0)
+    return ptx_machine.run(ptx_machine.parse(made.text), launch.grid, arguments, memory, size, seed=seed)
+
+
+def decode(
+    call: cases.Call, inputs: DecodeInputs, variant: Variant, target: Target, config: Config, seed: int
+) -> tuple[torch.Tensor, torch.Tensor | None, ptx_machine.Statistics]:
+    """The call's (out, lse), and what ran. AssertionError if a kernel writes beside the workspace."""
+    problem = inputs.problem
+    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
+    if out is None:
+        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
+    if lse is None and problem.lse:
+        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    size = variant.workspace_bytes(problem, target, config)
+    workspace = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
+    tensors = {**inputs.tensors, "out": out, "lse": lse, "workspace": workspace}
+    places = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+    offsets = variant.offsets(problem, target, config)
+    places |= {name: workspace.data_ptr() + RED + offset for name, offset in offsets.items()}
+    binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
+    sources, launches = variant.sources(problem, target, config), variant.launches(problem, target, config)
+    said = run_stage1(sources[0], launches[0], binding, places, inputs.floats, buffers(call, tensors), seed)
+    if len(launches) > 1:
+        bound = interpreter.bind(sources, launches[1:], binding)
+        bound.run([places[n] + o for n, o in bound.operands], [inputs.floats[n] for n in bound.float_names])
+    beside = torch.cat([workspace[:RED], workspace[RED + size :]])
+    assert (beside == 0xFF).all(), f"{call.case.id}: written beside the workspace"
+    return out, lse, said
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", default="decode_splitk_asm")
+    parser.add_argument("--sms", type=int, default=3, help="of the target; each of its programs is walked in Python")
+    parser.add_argument("--dtype", default="fp16")
+    parser.add_argument("--only", default="", help="cases whose id contains this")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run and copies end")
+    parser.add_argument("--mistake", choices=list(MISTAKES), help="made in a template; a case must fail then")
+    parser.add_argument("--page", type=int, default=64, help="at least so many tokens")
+    parser.add_argument("--stop", action="store_true", help="at the first failure")
+    parser.add_argument("changes", nargs="*", help="tunables, name=value")
+    options = parser.parse_args()
+    changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
+    if options.mistake is not None:
+        planted(options.mistake)
+    variant = next(v for v in ops.variants("decode") if v.name == options.variant)
+    target = dataclasses.replace(by_name("sm_90"), sms=options.sms)
+    failures = 0
+    first, step = map(int, options.part.split("/"))
+    for case in cases.SMALL[first::step]:
+        case = fitting(interpretable(case, options.dtype), options.page)
+        if options.only not in case.id:
+            continue
+        started = time.perf_counter()
+        line: dict[str, Any] = {"case": case.id}
+        call = cases.build(case)
+        try:
+            inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
+            config = variant.default(inputs.problem, target).replace(pdl=False, **changes)
+            line["config"] = str(config)
+            if (reason := variant.rejects(inputs.problem, target, config)) is not None:
+                line["refused"] = reason
+            else:
+                out, lse, said = decode(call, inputs, variant, target, config, options.seed)
+                figures = cases.check(call, out, lse)
+                line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error, "steps": said.steps}
+        except Exception as error:  # one bad case must not hide the others
+            line["error"] = f"{type(error).__name__}: {error}"
+            failures += 1
+        say(line | {"seconds": round(time.perf_counter() - started, 3)})
+        if failures and options.stop:
+            break
+    return min(failures, 100)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""The PTX templates and their toolchain: what is wrong is said with its line; every knob is assembled within its budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import covering
+import pytest
+from covering import Row
+
+from mla_jit import settings, target
+from mla_jit.compile import ptx, render
+from mla_jit.compile.artifact import Artifact, Source
+from mla_jit.config import Config
+from mla_jit.errors import CompileError, IllegalArtifact
+from mla_jit.launch.base import Binding, Packed, TensorView
+from mla_jit.ops.decode import asm_splitk
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import DecodeProblem
+
+HOPPER = target.by_name("sm_90")
+WIDE, NARROW = asm_splitk.DECODE_SPLITK_ASM, asm_splitk.DECODE_NARROW_ASM
+GOLDEN = Path(__file__).parents[1] / "golden" / "asm"
+PLAIN = DecodeProblem(num_heads=16, batch=4)
+
+FACTORS: dict[str, list[Any]] = {
+    "heads": [(16, 1), (128, 1), (1, 1), (12, 1), (40, 1), (20, 2)],  # (query, KV)
+    "dims": [(512, 64), (256, 32), (512, 0), (384, 64), (80, 24)],
+    "dtype": ["bf16", "fp16"],
+    "out_dtype": ["same", "fp32"],
+    "page_size": [64, 256],
+    "q_len": [1, 2, 3],
+    "paging": ["table", "csr", "csr+lens"],
+    "batch": [1, 40, 600],
+    "splits": [None, 1, 8],
+    "causal": [True, False],
+    "lse": [False, True],
+    "soft_cap": [False, True],
+    "sinks": [False, True],
+    "scales": [False, True],
+    "context_parallel": [False, True],
+    "ragged": [False, True],
+    "index64": [False, True],
+    "lazy": [True, False],
+    "policy": ["evict_first", "evict_normal"],
+    "pdl": [True, False],
+    "bounded": [False, True],
+}
+
+
+def allowed(row: Row) -> bool:
+    return not (row.get("context_parallel") and (row.get("sinks") or row.get("paging") == "csr"))
+
+
+ROWS = covering.pairwise(FACTORS, allowed)
+
+
+def problem_of(row: Row) -> DecodeProblem:
+    paging = row["paging"]
+    return DecodeProblem(
+        num_heads=row["heads"][0], num_kv_heads=row["heads"][1], kv_lora_rank=row["dims"][0], rope_dim=row["dims"][1],
+        q_dtype=row["dtype"], kv_dtype=row["dtype"],
+        out_dtype=row["dtype"] if row["out_dtype"] == "same" else row["out_dtype"],
+        page_size=row["page_size"], q_len=row["q_len"], paging=paging.partition("+")[0], has_lens=paging != "csr",
+        batch=row["batch"], max_kv_len=8192, num_kv_splits=row["splits"], causal=row["causal"], lse=row["lse"],
+        soft_cap=row["soft_cap"], sinks=row["sinks"], kv_scale=row["scales"],
+        context_parallel=row["context_parallel"], ragged=row["ragged"],
+        index64=("table", "lens", "kv_indptr", "last", "qo_indptr") if row["index64"] else (),
+    )  # fmt: skip
+
+
+def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
+    """(variant, artifact, constants) of each variant that serves the row. For a child process."""
+    found = []
+    with settings.scope(bounded_waits=row["bounded"]):
+        for variant in (WIDE, NARROW):
+            problem = problem_of(row)
+            config = variant.default(problem, HOPPER).replace(**{k: row[k] for k in ("lazy", "policy", "pdl")})
+            if variant.rejects(problem, HOPPER, config) is None:
+                source = variant.sources(problem, HOPPER, config)[0]
+                found.append((variant.name, ptx.compile_source(source), dict(source.constants)))
+    return found
+
+
+def source_of(variant: Variant = NARROW, problem: DecodeProblem = PLAIN, **changes: Any) -> Source:
+    config = variant.default(problem, HOPPER).replace(**changes)
+    assert variant.rejects(problem, HOPPER, config) is None
+    return variant.sources(problem, HOPPER, config)[0]
+
+
+def edited(source: Source, file: str, old: str, new: str) -> Source:
+    """The source with another text of one template."""
+    files = json.loads(source.content)
+    for entry in files:
+        if entry[0] == file:
+            assert old in entry[1]
+            entry[1] = entry[1].replace(old, new, 1)
+    return dataclasses.replace(source, content=json.dumps(files))
+
+
+def test_every_knob_is_assembled_within_its_budget() -> None:
+    """A pairwise covering array of what a template is filled in with: no spills, and none of ptxas's advice."""
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
+        outcomes = list(itertools.chain.from_iterable(pool.map(assembled, ROWS)))
+    assert {name for name, *_ in outcomes} == {WIDE.name, NARROW.name}
+    for name, artifact, constants in outcomes:
+        head = render.header("sm_90a", {WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx"}[name])
+        assert artifact.spill_bytes == 0, constants
+        assert artifact.registers <= head.registers["start"], constants
+        assert artifact.registers * artifact.threads <= HOPPER.registers_sm, constants
+        assert artifact.smem_bytes == constants["ARENA"] <= HOPPER.smem_bytes
+        assert bool(artifact.extra["barriers"]) == constants["DEBUG"]
+
+
+def test_the_roles_registers_fit_the_device() -> None:
+    """What setmaxnreg asks for: a producer's and two consumers' warpgroups share what the program starts with."""
+    head = render.header("sm_90a", "decode_splitk.ptx")
+    asked = 128 * (head.registers["producer"] + 2 * head.registers["consumer"])
+    assert asked <= HOPPER.registers_sm
+    assert all(count % 8 == 0 for count in head.registers.values())
+
+
+def test_every_pair_occurs() -> None:
+    for a, b in itertools.combinations(FACTORS, 2):
+        seen = {(repr(row[a]), repr(row[b])) for row in ROWS}
+        wanted = {(repr(x), repr(y)) for x, y in itertools.product(FACTORS[a], FACTORS[b]) if allowed({a: x, b: y})}
+        assert wanted == seen, (a, b)
+
+
+@pytest.mark.parametrize(
+    ("variant", "problem"),
+    [
+        (WIDE, DecodeProblem(num_heads=128, batch=64)),
+        (NARROW, DecodeProblem(num_heads=16, batch=64)),
+        (
+            WIDE,
+            DecodeProblem(
+                num_heads=40,
+                kv_lora_rank=256,
+                rope_dim=32,
+                batch=2,
+                q_len=2,
+                lse=True,
+                sinks=True,
+                soft_cap=True,
+                paging="csr",
+                has_lens=False,
+                ragged=True,
+            ),
+        ),  # fmt: skip
+    ],
+    ids=["wide", "narrow", "much"],
+)
+def test_rendered_text_is_as_committed(
+    variant: Variant, problem: DecodeProblem, request: pytest.FixtureRequest
+) -> None:
+    """So that a review sees what a change of a template does. `--full` writes them anew."""
+    file = GOLDEN / f"{request.node.callspec.id}.ptx"
+    text = render.render(source_of(variant, problem)).text
+    if request.config.getoption("--full"):
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(text)
+    assert text == file.read_text(), (
+        f"run `pytest --full {Path(__file__).name} -k committed` and look at the difference"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:
+    source = edited(source_of(), "decode_narrow.ptx", "{{ m.wgmma_commit() }}", "{{ m.wgmma_commit() }} {{ NO_SUCH }}")
+    with pytest.raises(CompileError, match=r"decode_narrow\.ptx, line \d+: 'NO_SUCH' is undefined"):
+        render.render(source)
+
+
+def test_a_broken_template_is_said_with_its_line() -> None:
+    source = edited(source_of(), "pieces.ptx", "{% if CP %}", "{% if %}")
+    with pytest.raises(CompileError, match=r"pieces\.ptx, line \d+"):
+        render.render(source)
+
+
+def test_constants_are_those_of_the_header() -> None:
+    source = source_of()
+    with pytest.raises(CompileError, match=r"are not those that decode_narrow\.ptx takes: EXTRA"):
+        render.render(dataclasses.replace(source, constants=(*source.constants, ("EXTRA", 1))))
+    with pytest.raises(CompileError, match=r"are not those that decode_narrow\.ptx takes: C"):
+        render.render(dataclasses.replace(source, constants=tuple(c for c in source.constants if c[0] != "C")))
+
+
+def test_a_constant_that_is_not_used_is_an_error() -> None:
+    source = edited(source_of(), "decode_narrow.ptx", "LAZY, ", "LAZY, UNREAD, ")
+    with pytest.raises(CompileError, match="does not use UNREAD"):
+        render.render(dataclasses.replace(source, constants=(*source.constants, ("UNREAD", 1))))
+
+
+def test_a_parameter_that_is_not_read_is_an_error() -> None:
+    source = source_of()
+    with pytest.raises(CompileError, match="does not read the parameters unread_ptr"):
+        render.render(dataclasses.replace(source, signature=(*source.signature, ("unread_ptr", "*fp32"))))
+    without = tuple(entry for entry in source.signature if entry[0] != "v_scale")
+    with pytest.raises(CompileError, match="reads the parameter v_scale"):
+        render.render(dataclasses.replace(source, signature=without))
+
+
+def test_the_assemblers_message_comes_with_the_templates_line() -> None:
+    source = edited(source_of(), "decode_narrow.ptx", "    bar.sync 0;\n", "    bar.snyc 0;\n")
+    line = next(
+        n for n, text in enumerate(json.loads(source.content)[0][1].splitlines(), 1) if text.strip() == "bar.snyc 0;"
+    )
+    with pytest.raises(CompileError, match=rf"\[bar\.snyc 0; = decode_narrow\.ptx, line {line}\]"):
+        ptx.compile_source(source)
+
+
+@pytest.mark.parametrize(
+    ("variant", "file", "old", "new"),
+    [
+        (WIDE, "decode_splitk.ptx", ".reqntid {{ THREADS }}, 1, 1\n.minnctapersm 1\n", ".minnctapersm 1\n"),
+        (NARROW, "decode_narrow.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if CAP %}",
+         "        {{ m.wgmma_commit() }}\n{% if CAP %}"),
+    ],
+    ids=["registers that cannot be moved", "an accumulator read too early"],
+)  # fmt: skip
+def test_advice_is_an_error(variant: Variant, file: str, old: str, new: str) -> None:
+    with pytest.raises(CompileError, match=r"\(C75\d\d\)|setmaxnreg"):
+        ptx.compile_source(edited(source_of(variant), file, old, new))
+
+
+def test_more_than_the_limits_is_illegal() -> None:
+    source = source_of()
+    assert source.limits is not None
+    small = dataclasses.replace(source.limits, smem_bytes=100_000)
+    with pytest.raises(IllegalArtifact, match="bytes of shared memory, the target has 100000"):
+        ptx.compile_source(dataclasses.replace(source, limits=small))
+
+
+def test_a_change_of_an_imported_template_is_another_key() -> None:
+    source = source_of()
+    assert edited(source, "macros.ptx", "wgmma.fence", "wgmma.fence").key == source.key
+    assert edited(source, "macros.ptx", "wgmma.fence", "wgmma.fence ").key != source.key
+    assert [name for name, _ in json.loads(source.content)] == [
+        "decode_narrow.ptx",
+        "macros.ptx",
+        "pieces.ptx",
+        "queries.ptx",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- in the rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"page_size": 16}, "page size 16"),
+        ({"q_dtype": "fp16"}, "both must be"),
+        ({"kv_lora_rank": 516}, "kv_lora_rank 516"),
+        ({"rope_dim": 72}, "rope_dim 72"),
+        ({"misaligned": ("q",)}, "q: the base or a stride"),
+        ({"flat_pages": False}, "page stride"),
+        ({"scheduler": "persistent"}, "persistent scheduler"),
+    ],
+)
+def test_says_why_not(changes: dict[str, Any], reason: str) -> None:
+    problem = dataclasses.replace(PLAIN, **changes)
+    for variant in (WIDE, NARROW):
+        assert reason in (variant.rejects(problem, HOPPER, variant.default(problem, HOPPER)) or "")
+
+
+def test_only_where_there_is_a_template() -> None:
+    for name, row in target.targets().items():
+        legal = WIDE.rejects(PLAIN, row, WIDE.default(PLAIN, row)) is None
+        assert legal == (row.isa == "sm_90a"), name
+
+
+@pytest.mark.parametrize(("heads", "block"), [(1, 8), (8, 8), (9, 16), (24, 24), (32, 32), (33, None), (128, None)])
+def test_narrow_blocks_are_as_narrow_as_the_rows(heads: int, block: int | None) -> None:
+    problem = DecodeProblem(num_heads=heads)
+    config = NARROW.default(problem, HOPPER)
+    if block is None:
+        assert "do not fit" in (NARROW.rejects(problem, HOPPER, config) or "")
+    else:
+        assert NARROW.rejects(problem, HOPPER, config) is None
+        assert config["block_m"] == block
+        assert "are enough" in (NARROW.rejects(problem, HOPPER, config.replace(block_m=block + 8)) or "")
+
+
+def test_not_taken_before_it_has_run() -> None:
+    """Only a measured row chooses a kernel that no GPU has run."""
+    from mla_jit import plan
+
+    for heads in (16, 128):
+        assert plan.analytic(DecodeProblem(num_heads=heads, batch=64), HOPPER).variant.backend == "triton"
+
+
+def test_a_map_comes_without_shape_and_strides() -> None:
+    problem = PLAIN
+    config: Config = NARROW.default(problem, HOPPER)
+    artifact = ptx.compile_source(NARROW.sources(problem, HOPPER, config)[0])
+    launch = NARROW.launches(problem, HOPPER, config)[0]
+    numbers = {a.name: 1 for a in launch.args if a.kind in ("i32", "i64")}
+    view = TensorView(64, 576, 576, 1152, "bf16")
+    packed = Packed([artifact], [launch], Binding(numbers, {"kv": view, "kpe": view}))
+    assert len(packed.addresses[0]) == len(launch.args)
+    assert [(arg.name, artifact.extra["tma"][parameter]) for _, _, parameter, arg in packed.maps] == [
+        ("kv", {"swizzle": 3, "block_size": [64, 64]}),
+        ("kpe", {"swizzle": 3, "block_size": [64, 64]}),
+    ]
