@@ -92,7 +92,7 @@ class Fragment:
     __slots__ = ("blocked", "mask", "pc")
 
     def __init__(self, pc: int, mask: int) -> None:
-        self.pc, self.mask, self.blocked = pc, mask, None
+        self.pc, self.mask = pc, mask
         self.blocked: Any = None
 
     def ready(self) -> bool:
@@ -346,9 +346,9 @@ class Machine:
         except IndexError:
             if w.fragment.pc < len(self.program.code):
                 raise
-            error = ProtocolError("control runs over the end of the entry")
-            error.place(w.cta.index, w.index, 0, "(end of the text)")
-            raise error from None
+            over = ProtocolError("control runs over the end of the entry")
+            over.place(w.cta.index, w.index, 0, "(end of the text)")
+            raise over from None
 
     def complete(self, cta: Cta) -> None:
         copy = cta.pending.pop(self.random.randrange(len(cta.pending)))

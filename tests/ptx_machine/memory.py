@@ -37,7 +37,7 @@ class Memory:
                 raise ValueError(f"{name} overlaps {other.name}")
         base = address & ~15
         size = max(16, (address + nbytes - base + 15) & ~15)
-        raw = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8)
+        raw: Array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(base))
         views = {n: raw.view(t) for n, t in ((1, np.uint8), (2, np.uint16), (4, np.uint32), (8, np.uint64))}
         self.buffers.append(Buffer(name, address, nbytes, writable, base, views))
 

@@ -176,14 +176,16 @@ class SharedMemory:
             raise Uninitialised(f"{what} of {name}, which nothing has written")
 
     # ------------------------------------------------------------------ accesses
-    def ordered_read(self, w: int, units: Units, what: str) -> None:
+    def ordered_read(self, w: int, units: Units, what: str) -> Array:
         flags = self.flags[units]
         if flags.any():
             self.bad_flags(units, flags, what)
-        bad = self.write_epoch[units] > self.clock[w][self.writer[units]]
+        writer: Array = self.writer[units]
+        bad = self.write_epoch[units] > self.clock[w][writer]
         if bad.any():
             unit, _ = self.place(units, bad)
             raise Race(f"{what} is not ordered after the write of {self.written(unit)}")
+        return writer
 
     def read(self, w: int, units: Units) -> None:
         """An ordinary read by warp w."""
@@ -204,8 +206,8 @@ class SharedMemory:
             unit, _ = self.place(units, bad[reader])
             if self.read_epoch[reader, unit] == NEVER:
                 raise Race(
-                    f"{what} of {self.name(unit << self.shift)} while a wgmma of warp {reader} that has not been waited "
-                    "for reads it"
+                    f"{what} of {self.name(unit << self.shift)} while a wgmma of warp {reader} reads it that has not "
+                    "been waited for"
                 )
             raise Race(f"{what} of {self.name(unit << self.shift)} is not ordered after the read by warp {reader}")
 
@@ -234,10 +236,9 @@ class SharedMemory:
             if mbarrier.init_warp == w:
                 mbarrier.fenced = True
 
-    def fenced(self, w: int, units: Units, what: str) -> None:
-        """Ordinary writes that the async proxy meets lie behind a proxy fence: the writer's; or after cp.async anyone's."""
-        writer = self.writer[units]
-        bad = self.fence_epoch[units] > self.clock[w][self.fence_slot[writer]]
+    def fenced(self, w: int, units: Units, writer: Array, clock: Array, what: str) -> None:
+        """Ordinary writes that the async proxy meets lie behind the writer's proxy fence; after cp.async, anyone's."""
+        bad = self.fence_epoch[units] > clock[self.fence_slot[writer]]
         if bad.any():
             copied = (writer >= self.n) & (self.write_epoch[units] <= self.proxy_clock[w][writer])
             bad &= ~copied
@@ -248,7 +249,7 @@ class SharedMemory:
     def async_write(self, w: int, units: Units, slot: int) -> None:
         """A bulk copy issued by warp w: from here to its end nothing may touch the bytes."""
         self.ordered_write(w, units, "asynchronous copy")
-        self.fenced(w, units, "asynchronous copy")
+        self.fenced(w, units, self.writer[units], self.clock[w], "asynchronous copy")
         self.flags[units] = PENDING
         self.writer[units] = slot
         self.write_pc[units] = self.pc
@@ -275,8 +276,8 @@ class SharedMemory:
         self.dirty[w].append(mine)
 
     def wgmma_read(self, w: int, units: Units) -> None:
-        self.ordered_read(w, units, "wgmma's read")
-        self.fenced(w, units, "wgmma's read")
+        writer = self.ordered_read(w, units, "wgmma's read")
+        self.fenced(w, units, writer, self.clock[w], "wgmma's read")
         self.read_epoch[w, units] = NEVER
 
     # ------------------------------------------------------------------ clocks

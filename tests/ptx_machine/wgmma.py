@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .decode import FP8, FULL, Decoder, Run, decodes, from_bf16
 from .errors import ProtocolError, Race
 from .parse import Immediate, Register, Vector
+from .shared import NEVER
 
 Array = npt.NDArray[Any]
 ACCUMULATOR, OPERAND = 2, 1
@@ -48,7 +49,7 @@ class Issued:
     a: int  # descriptors
     b: int
     accumulate: bool
-    units: tuple[Any, ...]
+    units: Array
 
 
 def unpack_descriptor(value: int) -> tuple[int, int, int, int]:
@@ -66,7 +67,7 @@ def operand_addresses(descriptor: int, mn: int, k: int, element: int, mn_major: 
     r, c = np.arange(mn)[:, None], np.arange(k)[None, :]
     if swizzle and start >> 7 & (swizzle // 16 - 1):
         raise ProtocolError(
-            f"descriptor {descriptor:#018x}: its tile does not start at a multiple of {8 * swizzle} bytes (base offset 0)"
+            f"descriptor {descriptor:#018x}: with base offset 0 a tile starts at a multiple of {8 * swizzle} bytes"
         )
     if mn_major:
         if swizzle != 128 or element != 2:
@@ -101,14 +102,12 @@ class Operands:
             self.elements[key] = operand_addresses(descriptor, mn, k, element, mn_major) // element
         return self.elements[key]
 
-    def units(self, descriptor: int, mn: int, k: int, element: int, mn_major: bool) -> tuple[Array, int, int]:
-        """(shadow units, lowest byte, end)."""
-        key = descriptor, mn, k, element, mn_major
-        if key not in self.unit:
-            bytes_ = self.of(*key) * element
-            units = np.unique(bytes_ >> self.shift)
-            self.unit[key] = units, int(bytes_.min()), int(bytes_.max()) + element
-        return self.unit[key]
+    def units(self, parts: tuple[tuple[int, int, int, int, bool], ...]) -> tuple[Array, int, int]:
+        """(shadow units of these operands, lowest byte, end)."""
+        if parts not in self.unit:
+            places = np.concatenate([(self.of(*p) * p[3]).ravel() for p in parts])
+            self.unit[parts] = np.unique(places >> self.shift), int(places.min()), int(places.max()) + parts[0][3]
+        return self.unit[parts]
 
     def joined(self, parts: tuple[tuple[int, int, int, int, bool], ...], first: int, last: int, flip: bool) -> Array:
         """Rows first…last of several operands side by side along k, transposed if `flip`."""
@@ -187,8 +186,7 @@ def retire(w: Any, group: list[Issued]) -> None:
             w.written[register] = FULL
         if shared.checks:
             now = shared.clock[w.index, w.index]
-            for units in issued.units:
-                shared.read_epoch[w.index, units] = now
+            shared.read_epoch[w.index, issued.units] = now
     w.locked.clear()
     for other in [i for g in w.groups for i in g] + w.open_group:
         lock(w, other)
@@ -204,8 +202,7 @@ def lock_registers(w: Any, shape: Shape) -> None:
 def lock(w: Any, issued: Issued) -> None:
     lock_registers(w, issued.shape)
     if w.shared.checks:
-        for units in issued.units:
-            w.shared.read_epoch[w.index, units] = 2**31 - 1
+        w.shared.read_epoch[w.index, issued.units] = NEVER
 
 
 def in_step(w: Any, what: tuple[Any, ...]) -> None:
@@ -374,14 +371,11 @@ def _mma(d: Decoder) -> Run:
         parts = [(b, n, k, element, trans_b)]
         if not in_registers:
             parts.append((a, 64, k, element, trans_a))
-        held = []
-        for part in parts:
-            units, low, end = operands.units(*part)
-            shared.range(low, end - low, 1)
-            held.append(units)
-            if shared.checks:
-                shared.wgmma_read(w.index, units)
-        issued = Issued(shape, a, b, accumulate, tuple(held))
+        units, low, end = operands.units(tuple(parts))
+        shared.range(low, end - low, 1)
+        if shared.checks:
+            shared.wgmma_read(w.index, units)
+        issued = Issued(shape, a, b, accumulate, units)
         w.open_group.append(issued)
         lock_registers(w, shape)
         if w.index % 4 == 0:
