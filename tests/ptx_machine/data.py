@@ -729,7 +729,7 @@ def _wait(d: Decoder, what: str) -> Run:
     value = d.source(d.operands[2], "u32" if parity else "b64")
     if len(d.operands) == 4:
         d.source(d.operands[3], "u32")
-    give_up = 0.5 if what == "test_wait" else 0.1
+    give_up = 0.5 if what == "test_wait" else 0.25
 
     def run(w: Any, m: int) -> Any:
         shared = w.shared

@@ -233,6 +233,8 @@ class Decoder:
                 raise self.error("the address of a parameter has 64 bits")
             return self.constant(PARAM_BASE + operand.offset, dtype)
         if isinstance(operand, Special):
+            if self.base != "mov":
+                raise self.error("special registers are read by mov alone")
             return self.special(operand, type_)
         raise self.error(f"operand of {self.base} not understood")
 

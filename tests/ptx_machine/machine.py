@@ -429,7 +429,7 @@ def run(
     order: str = "random",
     concurrent: int = 1,
     checks: bool = True,
-    max_steps: int = 1_000_000,
+    max_steps: int = 300_000,
 ) -> Statistics:
     """Runs a grid. CTAs come in random order (`order="sequential"`: as numbered, and the lowest warp first).
 
