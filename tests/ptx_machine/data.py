@@ -218,7 +218,7 @@ def _shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
 @decodes("prefetch", "prefetchu")
 def _prefetch(d: Decoder) -> Run:
     d.operands = list(d.operands)
-    d.need("L1", "L2", "tensormap")
+    d.need("L1", "L2", "tensormap", "L2::evict_last", "L2::evict_normal")
     d.drop("global", "param")
     d.finish(1)
     global_address(d, d.operands[0])
@@ -849,7 +849,7 @@ def _fence(d: Decoder) -> Run:
 
         def fence(w: Any, m: int) -> None:
             if w.shared.checks:
-                w.shared.fence_async(w.index)
+                w.shared.fence_async(w.index, m)
 
         return fence
     d.take("sc", "acq_rel", "acquire", "release")

@@ -51,6 +51,8 @@ class LaneMasks(dict[int, Array]):
     """mask of 32 bits → bool per lane."""
 
     def __missing__(self, mask: int) -> Array:
+        if len(self) > 100_000:
+            self.clear()
         value = self[mask] = ((mask >> LANE) & 1).astype(bool)
         return value
 
@@ -59,6 +61,8 @@ class LaneLists(dict[int, Array]):
     """mask of 32 bits → the lanes in it."""
 
     def __missing__(self, mask: int) -> Array:
+        if len(self) > 100_000:
+            self.clear()
         value = self[mask] = np.flatnonzero(LANES[mask])
         return value
 
@@ -72,6 +76,8 @@ def bits(lanes: Array) -> int:
     key = lanes.tobytes()
     found = _bits.get(key)
     if found is None:
+        if len(_bits) > 100_000:
+            _bits.clear()
         found = _bits[key] = int.from_bytes(np.packbits(lanes, bitorder="little").tobytes(), "little")
     return found
 

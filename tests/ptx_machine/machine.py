@@ -311,7 +311,7 @@ class Machine:
                 if written[s] & m != m:
                     w.uninitialised(s)
                 read[s] = fences
-            shared.pc = pc
+            shared.pc, shared.mask = pc, m
             result = i.run(w, m)
             for s in i.targets:
                 written[s] |= m

@@ -209,7 +209,7 @@ class Parser:
             if found := self.match(r"\.(version|target|address_size)\b([^\n]*)"):
                 seen.add(found[1])
                 value = found[2].strip()
-                if found[1] == "target" and not value.startswith("sm_90"):
+                if found[1] == "target" and value.split(",")[0].strip() != "sm_90a":
                     raise self.error(f"target {value} is not modelled: sm_90a", found.start())
                 if found[1] == "address_size" and value != "64":
                     raise self.error("only 64-bit addresses", found.start())

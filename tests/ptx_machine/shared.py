@@ -86,6 +86,7 @@ class SharedMemory:
         self.fence_slot = np.arange(self.slots, dtype=np.int16)
         self.fence_slot[warps : 2 * warps] -= warps
         self.pc = 0  # of the running instruction
+        self.mask = 0  # and its lanes
         self.line_of: Any = None
         self.reset()
 
@@ -98,7 +99,7 @@ class SharedMemory:
         self.read_epoch.fill(0)
         self.clock.fill(0)
         self.clock[np.arange(self.n), np.arange(self.n)] = 1
-        self.dirty: list[list[Units]] = [[] for _ in range(self.n)]
+        self.dirty: list[dict[int, list[Units]]] = [{} for _ in range(self.n)]  # by lanes: writes to fence
         self.proxy_clock = np.zeros_like(self.clock)
         self.mbarriers: dict[int, Mbarrier] = {}
         self.slot_of: dict[int, tuple[int, int]] = {}
@@ -173,7 +174,7 @@ class SharedMemory:
                 raise Race(f"{what} of {name} while an asynchronous copy writes it: {self.written(unit)}")
             if flag == BARRIER:
                 raise ProtocolError(f"{what} of {name}, which holds an mbarrier")
-            raise Uninitialised(f"{what} of {name}, which nothing has written")
+            raise Uninitialised(f"{what} of {name}, which nothing has written yet")
 
     # ------------------------------------------------------------------ accesses
     def ordered_read(self, w: int, units: Units, what: str) -> Array:
@@ -219,18 +220,21 @@ class SharedMemory:
         self.write_epoch[units] = self.clock[w, w]
         self.write_pc[units] = self.pc
         self.fence_epoch[units] = NEVER
-        dirty = self.dirty[w]
+        self.soil(w, units)
+
+    def soil(self, w: int, units: Units) -> None:
+        dirty = self.dirty[w].setdefault(self.mask, [])
         dirty.append(units)
         if len(dirty) > 512:
-            self.dirty[w] = [np.unique(np.concatenate(dirty))]
+            self.dirty[w][self.mask] = [np.unique(np.concatenate(dirty))]
 
-    def fence_async(self, w: int) -> None:
-        """fence.proxy.async by warp w: its writes so far are visible to the async proxy (9.7.13.4)."""
+    def fence_async(self, w: int, mask: int) -> None:
+        """fence.proxy.async by lanes of warp w: what they wrote so far is visible to the async proxy (9.7.13.4)."""
         now = self.clock[w, w]
-        for units in self.dirty[w]:
-            mine = units[(self.writer[units] == w) & (self.fence_epoch[units] == NEVER)]
-            self.fence_epoch[mine] = now
-        self.dirty[w].clear()
+        for lanes in [x for x in self.dirty[w] if not x & ~mask]:
+            for units in self.dirty[w].pop(lanes):
+                mine = units[(self.writer[units] == w) & (self.fence_epoch[units] == NEVER)]
+                self.fence_epoch[mine] = now
         self.proxy_clock[w] = self.clock[w]
         for mbarrier in self.mbarriers.values():
             if mbarrier.init_warp == w:
@@ -273,7 +277,7 @@ class SharedMemory:
         mine = units[self.writer[units] == self.n + w]
         self.writer[mine] = w
         self.write_epoch[mine] = self.clock[w, w]
-        self.dirty[w].append(mine)
+        self.soil(w, mine)
 
     def wgmma_read(self, w: int, units: Units) -> None:
         writer = self.ordered_read(w, units, "wgmma's read")
