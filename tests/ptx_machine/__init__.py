@@ -1,0 +1,35 @@
+"""A functional emulator of PTX for sm_90a: it runs a kernel on the CPU and checks its synchronisation.
+
+memory = Memory()
+memory.add("out", out.data_ptr(), out.nbytes)
+statistics = run(parse(text), grid, [out.data_ptr(), 7], memory, smem_bytes)
+
+Checked, each with CTA, warp, lane and the PTX line: bounds and alignment; registers and shared memory read before
+they are written; happens-before of shared memory between warps (bar, mbarrier); the pending time of TMA and cp.async;
+fence.proxy.async between ordinary writes and wgmma or TMA; fence.mbarrier_init; counts and bytes of mbarriers;
+registers and operands of wgmmas in flight, wgmma.fence, warps of a warpgroup in step; convergence of .aligned and
+.sync instructions; the register pool of setmaxnreg; deadlock.
+
+Not checked: races through global memory; lanes of one warp among themselves (a warp is one agent: an arrival of one
+lane publishes what all its lanes did); a proxy fence between an ordinary read and a bulk copy over it; whatever a run
+does not execute. Not modelled, a PtxError: clusters, multicast, bulk copies and reductions out of shared memory,
+generic addresses, atomics on shared memory, f64 fma, functions, local memory.
+"""
+
+from .errors import (
+    Deadlock,
+    MachineError,
+    MemoryFault,
+    ProtocolError,
+    PtxError,
+    Race,
+    Trap,
+    Uninitialised,
+)
+from .machine import Program, Statistics, parse, run
+from .memory import Memory, TensorMap
+
+__all__ = [
+    "Deadlock", "MachineError", "Memory", "MemoryFault", "Program", "ProtocolError", "PtxError", "Race", "Statistics",
+    "TensorMap", "Trap", "Uninitialised", "parse", "run",
+]  # fmt: skip

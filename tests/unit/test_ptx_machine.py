@@ -1,0 +1,704 @@
+"""The PTX emulator: what instructions compute, a small GEMM with TMA and wgmma, and that planted mistakes are found."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ptx_machine as pm
+import pytest
+
+HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
+SMEM = ".extern .shared .align 1024 .b8 smem[];\n"
+
+
+def assemble(text: str, path: Path) -> None:
+    """Triton's ptxas takes the text: the tests speak real PTX."""
+    triton = pytest.importorskip("triton")
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    if not ptxas.exists():
+        pytest.skip("no ptxas")
+    path.write_text(text)
+    done = subprocess.run(
+        [ptxas, "-arch=sm_90a", "-O1", path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def launch(
+    text: str, arrays: dict[str, np.ndarray], arguments: list[Any], grid: int = 1, smem: int = 0, **options: Any
+) -> pm.Statistics:
+    memory = pm.Memory()
+    for name, array in arrays.items():
+        memory.add(name, array.ctypes.data, array.nbytes, writable=name.startswith("out"))
+    return pm.run(pm.parse(text), grid, arguments, memory, smem, **options)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16 (no NaN), as its 16 bits."""
+    u = np.ascontiguousarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((u + 0x7FFF + (u >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def wide(x: np.ndarray) -> np.ndarray:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+# ---------------------------------------------------------------------- instructions
+X = np.random.default_rng(0).integers(0, 2**32, 32, dtype=np.uint32)
+Y = np.random.default_rng(1).integers(0, 2**32, 32, dtype=np.uint32)
+X[:4], Y[:4] = (0, 1, 0x80000000, 0xFFFFFFFF), (1, 0xFFFFFFFF, 7, 33)
+F = np.random.default_rng(2).standard_normal(32).astype(np.float32) * 100
+G = np.random.default_rng(3).standard_normal(32).astype(np.float32)
+LANE = np.arange(32, dtype=np.uint32)
+SX, SY = X.view(np.int32), Y.view(np.int32)
+Big = np.ndarray
+
+
+def u64(x: Big) -> Big:
+    return x.astype(np.uint64)
+
+
+# x y: u32, sx sy the same as s32; f g: f32; lane; w0 w1: b64; h0 h1: b16; p q r: predicates; result in d or e (f32)
+CASES: dict[str, Callable[[], Any]] = {
+    "add.u32 d, x, y;": lambda: X + Y,
+    "sub.s32 d, x, -5;": lambda: X + np.uint32(5),
+    "mul.lo.u32 d, x, y;": lambda: X * Y,
+    "mul.hi.u32 d, x, y;": lambda: (u64(X) * u64(Y)) >> 32,
+    "mul.hi.s32 d, x, y;": lambda: (SX.astype(np.int64) * SY) >> 32,
+    "mul.wide.u32 w0, x, y; mov.b64 {c, d}, w0;": lambda: (u64(X) * u64(Y)) >> 32,
+    "mul.wide.s32 w0, x, -3; cvt.u32.u64 d, w0;": lambda: SX.astype(np.int64) * -3,
+    "mad.lo.s32 d, x, 3, y;": lambda: X * np.uint32(3) + Y,
+    "mad.wide.u32 w0, x, y, 5; shr.u64 w0, w0, 16; cvt.u32.u64 d, w0;": lambda: (u64(X) * u64(Y) + np.uint64(5)) >> 16,
+    "div.u32 d, x, 7;": lambda: X // 7,
+    "div.s32 d, x, -7;": lambda: np.trunc(SX / -7.0).astype(np.int64),
+    "rem.s32 d, x, 7;": lambda: np.fmod(SX, 7),
+    "min.s32 d, x, y;": lambda: np.minimum(SX, SY),
+    "max.u32 d, x, y;": lambda: np.maximum(X, Y),
+    "abs.s32 d, x;": lambda: np.abs(SX.astype(np.int64)),
+    "neg.s32 d, x;": lambda: -SX.astype(np.int64),
+    "not.b32 d, x;": lambda: ~X,
+    "and.b32 d, x, 0xff00ff;": lambda: X & 0xFF00FF,
+    "xor.b32 d, x, y;": lambda: X ^ Y,
+    "shl.b32 d, x, lane;": lambda: X << LANE,
+    "shl.b32 d, x, 32;": lambda: X * 0,
+    "shr.u32 d, x, 5;": lambda: X >> 5,
+    "shr.s32 d, x, 40;": lambda: SX >> 31,
+    "shf.l.wrap.b32 d, x, y, 8;": lambda: (Y << 8) | (X >> 24),
+    "shf.r.wrap.b32 d, x, y, 8;": lambda: (X >> 8) | (Y << 24),
+    "bfe.u32 d, x, 4, 7;": lambda: (X >> 4) & 127,
+    "bfe.s32 d, x, 28, 4;": lambda: SX >> 28,
+    "bfi.b32 d, x, y, 8, 8;": lambda: (Y & ~np.uint32(0xFF00)) | ((X & 255) << 8),
+    "prmt.b32 d, x, y, 0x5410;": lambda: (X & 0xFFFF) | (Y << 16),
+    "lop3.b32 d, x, y, lane, 0xe8;": lambda: (X & Y) | (X & LANE) | (Y & LANE),
+    "clz.b32 d, x;": lambda: [32 - int(v).bit_length() for v in X],
+    "popc.b32 d, x;": lambda: [int(v).bit_count() for v in X],
+    "bfind.u32 d, x;": lambda: [(int(v).bit_length() - 1) & 0xFFFFFFFF for v in X],
+    "setp.lt.s32 p, x, y; selp.b32 d, 1, 2, p;": lambda: np.where(SX < SY, 1, 2),
+    "setp.hi.u32 p|q, x, y; and.pred r, p, q; @!q mov.b32 d, 5; @q mov.b32 d, 6;": lambda: np.where(X > Y, 5, 6),
+    "setp.lt.u32 p, lane, 9; setp.gt.or.s32 q, x, y, !p; selp.u32 d, 3, 4, q;": lambda: np.where(
+        (SX > SY) | (LANE >= 9), 3, 4
+    ),
+    "setp.lt.u32 p, lane, 9; not.pred q, p; xor.pred q, q, p; selp.u32 d, 1, 0, q;": lambda: np.ones(32),
+    "setp.neu.f32 p, f, 0f7fc00000; selp.u32 d, 1, 0, p;": lambda: np.ones(32),
+    "setp.ne.f32 p, f, 0f7fc00000; selp.u32 d, 1, 0, p;": lambda: np.zeros(32),
+    "cvt.u16.u32 h0, x; cvt.u32.u16 d, h0;": lambda: X & 0xFFFF,
+    "cvt.u16.u32 h0, x; cvt.s32.s16 d, h0;": lambda: X.astype(np.uint16).view(np.int16).astype(np.int64),
+    "cvt.s32.s8 d, x;": lambda: X.astype(np.uint8).view(np.int8).astype(np.int64),
+    "cvt.s64.s32 w0, x; mov.b64 {c, d}, w0;": lambda: SX >> 31,
+    "cvt.rzi.s32.f32 d, f;": lambda: np.trunc(F).astype(np.int64),
+    "cvt.rmi.s32.f32 d, f;": lambda: np.floor(F).astype(np.int64),
+    "cvt.rpi.u32.f32 d, f;": lambda: np.maximum(np.ceil(F), 0).astype(np.int64),
+    "mov.b32 {h0, h1}, x; mov.b32 d, {h1, h0};": lambda: (X << 16) | (X >> 16),
+    "mov.b64 w0, {x, y}; shr.b64 w0, w0, 16; cvt.u32.u64 d, w0;": lambda: (X >> 16) | (Y << 16),
+    "shfl.sync.bfly.b32 d, x, 3, 31, -1;": lambda: X[LANE ^ 3],
+    "shfl.sync.down.b32 d|p, x, 4, 0x181f, -1;": lambda: np.where(LANE % 8 < 4, X[(LANE + 4) % 32], X),
+    "shfl.sync.up.b32 d|p, x, 1, 0, -1; @!p mov.b32 d, 9;": lambda: np.where(LANE > 0, X[(LANE + 31) % 32], 9),
+    "shfl.sync.idx.b32 d, x, 5, 31, -1;": lambda: np.full(32, X[5]),
+    "setp.lt.s32 p, x, y; vote.sync.ballot.b32 d, p, -1;": lambda: np.full(
+        32, sum(1 << i for i in np.where(SX < SY)[0])
+    ),
+    "setp.lt.u32 p, lane, 9; vote.sync.any.pred q, p, -1; selp.u32 d, 1, 0, q;": lambda: np.ones(32),
+    "setp.lt.u32 p, lane, 9; vote.sync.all.pred q, p, -1; selp.u32 d, 1, 0, q;": lambda: np.zeros(32),
+    "redux.sync.max.u32 d, x, -1;": lambda: np.full(32, X.max()),
+    "redux.sync.add.s32 d, x, -1;": lambda: np.full(32, X.sum(dtype=np.uint32)),
+    "activemask.b32 d;": lambda: np.full(32, 0xFFFFFFFF),
+    "elect.sync d|p, -1; mov.b32 d, 0; @p mov.b32 d, 1;": lambda: LANE == 0,
+    "mov.u32 d, %laneid; mov.u32 c, %ntid.x; add.u32 d, d, c;": lambda: LANE + 32,
+    "setp.lt.u32 p, lane, 5; mov.b32 d, 1; @p bra A; mov.b32 d, 2; A: add.u32 d, d, 10;": lambda: np.where(
+        LANE < 5, 11, 12
+    ),
+    "mov.b32 d, 0; B: add.u32 d, d, 1; setp.lt.u32 p, d, lane; @p bra B;": lambda: np.maximum(LANE, 1),
+    "cvt.rn.bf16x2.f32 d, f, g;": lambda: (bf16(F).astype(np.uint32) << 16) | bf16(G),
+    "cvt.rn.f16x2.f32 d, f, g;": lambda: np.stack([G, F], 1).astype(np.float16).view(np.uint32)[:, 0],
+    "cvt.rn.bf16x2.f32 c, f, g; cvt.rn.bf16x2.f32 d, g, f; add.rn.bf16x2 d, c, d;": lambda: (
+        bf16(wide(bf16(F)) + wide(bf16(G))).astype(np.uint32) * np.uint32(0x10001)
+    ),
+}
+FLOATS: dict[str, tuple[Callable[[], Any], float]] = {
+    "fma.rn.f32 e, f, g, f;": (lambda: F.astype(np.float64) * G + F, 1e-7),
+    "mul.f32 e, f, 0f40000000;": (lambda: F * 2, 0),
+    "max.f32 e, f, 0f7fc00000;": (lambda: F, 0),
+    "min.NaN.f32 e, f, 0f7fc00000;": (lambda: F * np.nan, 0),
+    "neg.f32 e, f;": (lambda: -F, 0),
+    "abs.f32 e, f;": (lambda: abs(F), 0),
+    "ex2.approx.ftz.f32 e, g;": (lambda: np.exp2(G), 1e-6),
+    "abs.f32 e, g; lg2.approx.ftz.f32 e, e;": (lambda: np.log2(abs(G)), 1e-5),
+    "rcp.approx.ftz.f32 e, g;": (lambda: 1 / G, 1e-6),
+    "div.rn.f32 e, f, g;": (lambda: F / G, 0),
+    "div.full.f32 e, f, g;": (lambda: F / G, 1e-6),
+    "tanh.approx.f32 e, g;": (lambda: np.tanh(G), 1e-6),
+    "cvt.rn.f32.s32 e, x;": (lambda: SX.astype(np.float32), 0),
+    "cvt.rn.f32.u32 e, x;": (lambda: X.astype(np.float32), 0),
+    "cvt.rn.bf16.f32 h0, f; cvt.f32.bf16 e, h0;": (lambda: wide(bf16(F)), 0),
+    "cvt.rn.f16.f32 h0, f; cvt.f32.f16 e, h0;": (lambda: F.astype(np.float16).astype(np.float32), 0),
+    "cvt.rn.satfinite.e4m3x2.f32 h0, f, g; cvt.rn.f16x2.e4m3x2 c, h0; mov.b32 {h0, h1}, c; cvt.f32.f16 e, h1;": (
+        lambda: F,
+        1 / 16,
+    ),
+    "mov.f32 e, 0f44000000; cvt.rn.satfinite.e4m3x2.f32 h0, g, e; cvt.rn.f16x2.e4m3x2 c, h0; mov.b32 {h0, _}, c; "
+    "cvt.f32.f16 e, h0;": (
+        lambda: np.full(32, 448.0),
+        0,
+    ),
+    "mov.f32 e, 0f3f800000; add.f32 e, e, 1.5;": (lambda: np.full(32, 2.5), 0),
+}
+
+
+def instructions_text() -> str:
+    parts = []
+    for n, case in enumerate([*CASES, *FLOATS]):
+        case = case.replace("A:", f"A{n}:").replace("bra A", f"bra A{n}").replace("B:", f"B{n}:")
+        case = case.replace("bra B", f"bra B{n}")
+        store = f"st.global.f32 [at+{128 * n}], e;" if n >= len(CASES) else f"st.global.b32 [at+{128 * n}], d;"
+        parts.append(f"    {case} {store}")
+    return (
+        HEAD
+        + """
+.visible .entry cases(.param .u64 p_in, .param .u64 p_out)
+.reqntid 32, 1, 1
+{
+    .reg .b32 x, y, lane, c, d; .reg .f32 f, g, e; .reg .b64 w0, w1, at, from; .reg .b16 h<2>; .reg .pred p, q, r;
+    mov.u32 lane, %tid.x;
+    ld.param.u64 from, [p_in]; ld.param.b64 at, [p_out];
+    mul.wide.u32 w0, lane, 4; add.s64 at, at, w0; mul.wide.u32 w0, lane, 16; add.u64 from, from, w0;
+    ld.global.nc.L1::no_allocate.v4.b32 {x, y, f, g}, [from];
+"""
+        + "\n".join(parts)
+        + "\n    ret;\n}\n"
+    )
+
+
+def test_instructions() -> None:
+    source = np.stack([X, Y, F.view(np.uint32), G.view(np.uint32)], 1).copy()
+    out = np.zeros((len(CASES) + len(FLOATS), 32), np.uint32)
+    statistics = launch(instructions_text(), {"in": source, "out": out}, [source.ctypes.data, out.ctypes.data])
+    for n, (case, expected) in enumerate(CASES.items()):
+        want = (np.asarray(expected()).astype(np.int64) & 0xFFFFFFFF).astype(np.uint32)
+        np.testing.assert_array_equal(out[n], want, err_msg=case)
+    for n, (case, (value, rtol)) in enumerate(FLOATS.items(), len(CASES)):
+        np.testing.assert_allclose(out[n].view(np.float32), value(), rtol=rtol, atol=rtol / 8, err_msg=case)
+    assert statistics.global_read == 512
+    assert statistics.global_written == out.nbytes
+
+
+def test_instructions_assemble(tmp_path: Path) -> None:
+    assemble(instructions_text(), tmp_path / "cases.ptx")
+
+
+def small(body: str, threads: int = 32, regs: str = "", module: str = SMEM) -> str:
+    """A kernel of one parameter, the output."""
+    return f"""{HEAD}{module}.visible .entry k(.param .u64 p_out)
+.reqntid {threads}, 1, 1
+{{
+    .reg .b32 r<32>, lane, warp; .reg .b64 rd<8>, out; .reg .pred p<8>; .reg .f32 f<8>;
+    {regs}
+    mov.u32 r0, %tid.x; and.b32 lane, r0, 31; shr.u32 warp, r0, 5;
+    ld.param.u64 out, [p_out]; mul.wide.u32 rd0, r0, 4; add.s64 out, out, rd0;
+    {body}
+    ret;
+}}
+"""
+
+
+def run_small(body: str, threads: int = 32, regs: str = "", module: str = SMEM, **options: Any) -> np.ndarray:
+    out = np.zeros(1024, np.uint32)
+    smem = options.pop("smem", 8192)
+    launch(small(body, threads, regs, module), {"out": out}, [out.ctypes.data], smem=smem, **options)
+    return out
+
+
+def test_matrices_pass_through_shared_memory(tmp_path: Path) -> None:
+    body = """
+    shl.b32 r1, lane, 4; add.u32 r1, r1, 1024; mov.u32 r2, smem; add.u32 r1, r1, r2;
+    mov.b32 r4, lane; add.u32 r5, lane, 32; add.u32 r6, lane, 64; add.u32 r7, lane, 96;
+    stmatrix.sync.aligned.m8n8.x4.shared.b16 [r1], {r4, r5, r6, r7};
+    shl.b32 r3, lane, 2; add.u32 r3, r3, r2; ld.shared.b32 r8, [r3+1152];
+    st.global.b32 [out], r8;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {r9, r10, r11, r12}, [r1];
+    st.global.b32 [out+128], r12;
+    stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [r1], {r4};
+    ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {r9}, [r1];
+    ldmatrix.sync.aligned.m8n8.x1.shared.b16 {r10}, [r1];
+    st.global.b32 [out+256], r9; st.global.b32 [out+384], r10;
+    """
+    assemble(small(body), tmp_path / "matrix.ptx")
+    out = run_small(body)
+    np.testing.assert_array_equal(out[:32], LANE + 32)
+    np.testing.assert_array_equal(out[32:64], LANE + 96)
+    np.testing.assert_array_equal(out[64:96], LANE)
+    elements = LANE.view(np.uint16).reshape(8, 8)
+    np.testing.assert_array_equal(out[96:128].view(np.uint16).reshape(8, 8), elements.T)
+
+
+def test_the_last_cta_knows_it() -> None:
+    text = (
+        HEAD
+        + """
+.visible .entry k(.param .u64 counter, .param .u64 p_out) .maxntid 64
+{
+    .reg .b64 c, o, w; .reg .b32 n, t, x; .reg .pred p;
+    .shared .align 4 .b8 flag[4];
+    ld.param.u64 c, [counter]; ld.param.u64 o, [p_out]; cvta.to.global.u64 c, c;
+    mov.u32 t, %tid.x; mov.u32 x, %ctaid.x; mul.wide.u32 w, x, 4; add.s64 w, o, w;
+    setp.ne.u32 p, t, 0;
+    @p bra WAIT;
+    add.u32 x, x, 1; st.global.b32 [w], x; fence.acq_rel.gpu;
+    atom.add.acq_rel.gpu.global.u32 n, [c], 1;
+    st.shared.b32 [flag], n;
+    red.relaxed.gpu.global.max.u32 [c+4], n;
+WAIT:
+    bar.sync 0;
+    ld.shared.b32 n, [flag];
+    setp.ne.u32 p, n, 7; @p bra END;
+    { .reg .pred q; setp.lt.u32 q, t, 8; @q bra SUM; bra END; SUM: }
+    mul.wide.u32 w, t, 4; add.s64 w, o, w; ld.acquire.gpu.global.b32 x, [w]; mul.lo.u32 x, x, 10;
+    st.global.b32 [w], x;
+END:
+    ret;
+}
+"""
+    )
+    for options in ({}, {"concurrent": 4}, {"order": "sequential"}):
+        counter, out = np.zeros(2, np.uint32), np.zeros(8, np.uint32)
+        arguments = [counter.ctypes.data, out.ctypes.data]
+        launch(text, {"out counter": counter, "out": out}, arguments, grid=8, seed=3, **options)
+        assert counter.tolist() == [8, 7]
+        np.testing.assert_array_equal(out, 10 * (np.arange(8) + 1))
+
+
+# ---------------------------------------------------------------------- single mistakes
+INIT = """
+    setp.ne.u32 p0, r0, 0; @p0 bra INIT;
+    mbarrier.init.shared::cta.b64 [smem], 1; fence.mbarrier_init.release.cluster;
+INIT: bar.sync 0;
+"""
+WAIT0 = "{ .reg .pred done; W: mbarrier.try_wait.parity.shared::cta.b64 done, [smem], 0; @done bra D; bra W; D: }"
+MISTAKES: dict[str, tuple[type[pm.MachineError], str, int, str]] = {
+    "uninitialised register": (pm.Uninitialised, "r9", 32, "add.u32 r1, r9, 1;"),
+    "uninitialised on some lanes": (
+        pm.Uninitialised,
+        "lane 5",
+        32,
+        "setp.lt.u32 p0, lane, 5; @p0 mov.b32 r1, 0; add.u32 r1, r1, 1;",
+    ),
+    "shared memory never written": (pm.Uninitialised, "smem\\+64", 32, "ld.shared.b32 r1, [smem+64];"),
+    "store out of bounds": (pm.MemoryFault, "nearest is out", 64, "st.global.b32 [out+3968], r0;"),
+    "store far away": (pm.MemoryFault, "nearest is out", 32, "st.global.b32 [out+1000000], r0;"),
+    "misaligned": (pm.MemoryFault, "multiple of 8", 32, "mov.b64 rd1, 0; st.global.b64 [out+4], rd1;"),
+    "shared out of bounds": (pm.MemoryFault, "outside", 32, "st.shared.b32 [smem+8192], r0;"),
+    "trap": (pm.Trap, "lane 3", 32, "setp.eq.u32 p0, lane, 3; @p0 trap;"),
+    "division by zero": (pm.MachineError, "zero", 32, "div.u32 r1, r0, lane;"),
+    "write and read of two warps": (
+        pm.Race,
+        "warp",
+        64,
+        "setp.eq.u32 p0, warp, 0; @p0 st.shared.b32 [smem+16], 1; @!p0 ld.shared.b32 r1, [smem+16];",
+    ),
+    "read, then a write of another warp": (
+        pm.Race,
+        "not ordered after the read",
+        64,
+        """setp.eq.u32 p0, warp, 0; @p0 st.shared.b32 [smem+16], 1; bar.sync 0;
+        ld.shared.b32 r1, [smem+16]; @p0 st.shared.b32 [smem+16], 2;""",
+    ),
+    "two lanes, one word": (pm.Race, "two lanes", 32, "st.shared.b32 [smem], lane;"),
+    "arrive without a wait": (
+        pm.Race,
+        "not ordered after the write",
+        64,
+        """setp.eq.u32 p0, warp, 0; @!p0 bra B; st.shared.b32 [smem+16], 1; bar.sync 1, 64; bra C;
+        B: bar.arrive 1, 64; ld.shared.b32 r1, [smem+16]; C:""",
+    ),
+    "barrier of unequal counts": (
+        pm.ProtocolError,
+        "threads",
+        96,
+        "setp.eq.u32 p0, warp, 0; @p0 bra A; bar.sync 1, 96; bra B; A: bar.sync 1, 64; B:",
+    ),
+    "barrier that nobody completes": (pm.Deadlock, "waits at barrier 2: 32 of 64", 32, "bar.sync 2, 64;"),
+    "barrier by half a warp": (
+        pm.ProtocolError,
+        "bar.sync",
+        32,
+        "setp.lt.u32 p0, lane, 16; @p0 bra A; bar.sync 0; A:",
+    ),
+    "shfl by half a warp": (
+        pm.ProtocolError,
+        "mask",
+        32,
+        "setp.lt.u32 p0, lane, 16; @p0 shfl.sync.bfly.b32 r1, r0, 1, 31, -1;",
+    ),
+    "mbarrier before init": (pm.ProtocolError, "before mbarrier.init", 32, WAIT0),
+    "mbarrier twice": (pm.ProtocolError, "live mbarrier", 32, "mbarrier.init.shared::cta.b64 [smem], 1;"),
+    "too many arrivals": (
+        pm.ProtocolError,
+        "more than it counts",
+        32,
+        INIT + "mbarrier.arrive.shared::cta.b64 _, [smem], 2;",
+    ),
+    "mbarrier without a barrier": (
+        pm.ProtocolError,
+        "mbarrier",
+        64,
+        """setp.eq.u32 p0, r0, 0; @p0 mbarrier.init.shared::cta.b64 [smem], 1; setp.eq.u32 p0, r0, 32;
+        @p0 mbarrier.arrive.shared::cta.b64 _, [smem];""",
+    ),
+    "store over an mbarrier": (pm.ProtocolError, "holds an mbarrier", 32, INIT + "st.shared.b32 [smem], 0;"),
+    "phase that never ends": (pm.Deadlock, "arrivals outstanding 1 of 1", 32, INIT + WAIT0),
+    "bytes that never come": (
+        pm.Deadlock,
+        "bytes outstanding 16",
+        32,
+        INIT + "setp.eq.u32 p0, r0, 0; @p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 16;" + WAIT0,
+    ),
+    "setmaxnreg of one warp": (
+        pm.ProtocolError,
+        "alike",
+        128,
+        "setp.eq.u32 p0, warp, 0; @!p0 bra A; setmaxnreg.dec.sync.aligned.u32 24; A:",
+    ),
+    "setmaxnreg beyond the file": (pm.Deadlock, "registers", 512, "setmaxnreg.inc.sync.aligned.u32 240;"),
+    "wgmma without a fence": (
+        pm.ProtocolError,
+        "wgmma.fence",
+        128,
+        """mov.b64 rd1, 0x4000004000010040; wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3},
+        rd1, rd1, 0, 1, 1, 0, 0;""",
+    ),
+    "wgmma of what nothing wrote": (
+        pm.Uninitialised,
+        "wgmma",
+        128,
+        """mov.b64 rd1, 0x4000004000010040; wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {f0, f1, f2, f3}, rd1, rd1, 0, 1, 1, 0, 0;""",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake(name: str) -> None:
+    error, message, threads, body = MISTAKES[name]
+    with pytest.raises(error, match=message) as caught:
+        run_small(body, threads)
+    if error is not pm.Deadlock and "alike" not in message:
+        assert caught.value.line > 5
+        assert caught.value.text
+
+
+def test_ordered_accesses_are_no_race() -> None:
+    body = """
+    setp.eq.u32 p0, warp, 0; shl.b32 r1, lane, 2; mov.u32 r2, smem; add.u32 r1, r1, r2;
+    @!p0 bra READ;
+    st.shared.b32 [r1+64], lane; bar.arrive 1, 64; bar.sync 2, 64; st.shared.b32 [r1+64], 7; bra END;
+    READ: bar.sync 1, 64; ld.shared.b32 r3, [r1+64]; bar.arrive 2, 64; st.global.b32 [out], r3;
+    END:
+    """
+    for seed in range(5):
+        np.testing.assert_array_equal(run_small(body, 64, seed=seed)[32:64], LANE)
+
+
+@pytest.mark.parametrize("fence", [True, False])
+def test_cp_async(fence: bool) -> None:
+    """Copied with cp.async, published with a counted arrival, read by another warp."""
+    body = (
+        INIT.replace("[smem], 1", "[smem], 32")
+        + """
+    shl.b32 r1, lane, 4; mov.u32 r2, smem; add.u32 r1, r1, r2; ld.param.u64 rd1, [p_out];
+    setp.eq.u32 p1, warp, 1; @p1 bra READ;
+    mul.wide.u32 rd2, lane, 16; add.s64 rd1, rd1, rd2;
+    cp.async.cg.shared.global [r1+1024], [rd1], 16;
+    cp.async.mbarrier.arrive.noinc.shared::cta.b64 [smem];
+    bra END;
+    READ: """
+        + (WAIT0 if fence else "")
+        + "ld.shared.b32 r3, [r1+1024]; st.global.b32 [out+3840], r3; END:"
+    )
+    out = np.arange(1024, dtype=np.uint32)
+    for seed in range(4):
+        text = small(body, 64)
+        if fence:
+            launch(text, {"out": out}, [out.ctypes.data], smem=8192, seed=seed)
+            np.testing.assert_array_equal(out[960 + 32 : 960 + 64], LANE * 4)
+        else:
+            with pytest.raises((pm.Race, pm.Uninitialised, pm.ProtocolError)):
+                launch(text, {"out": out}, [out.ctypes.data], smem=8192, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("frobnicate.u32 r1, r0;", "not modelled"),
+        ("add.cc.u32 r1, r0, r0;", "cc"),
+        ("add.u32 r1, r0, nothing;", "not declared"),
+        ("add.u32 rd1, r0, r0;", "64 bits"),
+        ("bra NOWHERE;", "no label"),
+        ("ld.shared.b32 r1, [smem], 3;", "operands"),
+    ],
+)
+def test_unknown_text(body: str, message: str) -> None:
+    with pytest.raises(pm.PtxError, match=message) as caught:
+        pm.parse(small(body))
+    assert body.split()[0] in str(caught.value)
+
+
+# ---------------------------------------------------------------------- TMA, mbarriers, wgmma
+BOX = 8192
+BARS = 19 * BOX  # Q, K, P, then full Q, full K, empty K
+
+
+def gemm_text(a_registers: bool = False) -> str:
+    """O[64, 256] = sum over tiles of bf16(Q Kᵀ) K[:, :256]: warp 4 loads, warps 0 to 3 multiply."""
+
+    def wait(barrier: int, parity: str) -> str:
+        return (
+            "{ .reg .pred done; WAIT: mbarrier.try_wait.parity.shared::cta.b64 done, "
+            f"[smem+{BARS + 8 * barrier}], {parity}; @done bra DONE; bra WAIT; DONE: }}"
+        )
+
+    def tma(box: int, name: str, x: str, y: str, barrier: int) -> str:
+        return (
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+            f"[smem+{box * BOX}], [{name}, {{{x}, {y}}}], [smem+{BARS + 8 * barrier}], policy;"
+        )
+
+    def vector(prefix: str, first: int, count: int) -> str:
+        return "{" + ", ".join(f"{prefix}{i}" for i in range(first, first + count)) + "}"
+
+    load_q = "\n".join(f"mov.b32 x, {64 * c}; {tma(c, 'tq', 'x', '0', 0)}" for c in range(9))
+    load_k = "\n".join(f"mov.b32 x, {64 * c}; {tma(9 + c, 'tk', 'x', 'y', 1)}" for c in range(9))
+    qk = "\n".join(
+        f"add.s64 da, base, {(c * BOX + 32 * k) // 16}; add.s64 db, base, {((9 + c) * BOX + 32 * k) // 16};\n"
+        f"wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {vector('s', 0, 32)}, da, db, "
+        f"{'1' if c or k else '0'}, 1, 1, 0, 0;"
+        for c in range(9)
+        for k in range(4)
+    )
+    pack = "\n".join(f"cvt.rn.bf16x2.f32 pk{i}, s{2 * i + 1}, s{2 * i};" for i in range(16))
+    store = "\n".join(
+        f"xor.b32 x, st, {32 * k}; stmatrix.sync.aligned.m8n8.x4.shared.b16 [x], {vector('pk', 4 * k, 4)};"
+        for k in range(4)
+    )
+    pv = "\n".join(
+        f"add.s64 da, base, {(18 * BOX + 32 * k) // 16}; add.s64 db, mn, {(9 * BOX + 2048 * k) // 16};\n"
+        f"wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {vector('o', 0, 128)}, "
+        + (f"{vector('pk', 4 * k, 4)}, db, 1, 1, 1, 1;" if a_registers else "da, db, 1, 1, 1, 0, 1;")
+        for k in range(4)
+    )
+    end = "\n".join(
+        f"st.global.v2.f32 [at+{32 * i}], {vector('o', 4 * i, 2)}; "
+        f"st.global.v2.f32 [at+{32 * i + 8192}], {vector('o', 4 * i + 2, 2)};"
+        for i in range(32)
+    )
+    return f"""{HEAD}{SMEM}
+.visible .entry gemm(.param .align 64 .b8 p_q[128], .param .align 64 .b8 p_k[128], .param .u64 p_out, .param .u32 p_n)
+.reqntid 160, 1, 1
+{{
+    .reg .b32 tid, lane, warp, x, y, n, j, ph, st, t<4>; .reg .pred p, lead;
+    .reg .b64 tq, tk, policy, base, mn, da, db, at, w; .reg .f32 s<32>, o<128>; .reg .b32 pk<16>;
+    mov.u32 tid, %tid.x; and.b32 lane, tid, 31; shr.u32 warp, tid, 5; setp.eq.u32 lead, lane, 0;
+    ld.param.u32 n, [p_n]; mov.b32 j, 0;
+    setp.ne.u32 p, tid, 0; @p bra READY;
+    mbarrier.init.shared::cta.b64 [smem+{BARS}], 1;
+    mbarrier.init.shared::cta.b64 [smem+{BARS + 8}], 1;
+    mbarrier.init.shared::cta.b64 [smem+{BARS + 16}], 4;
+    fence.mbarrier_init.release.cluster;
+READY:
+    bar.sync 0;
+    setp.lt.u32 p, warp, 4; @p bra CONSUMER;
+    elect.sync _|p, -1; @!p bra EXIT;
+    mov.b64 tq, p_q; cvta.param.u64 tq, tq; mov.b64 tk, p_k; cvta.param.u64 tk, tk;
+    prefetch.tensormap [tk];
+    createpolicy.fractional.L2::evict_first.b64 policy, 1.0;
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem+{BARS}], {9 * BOX};
+    {load_q}
+FEED:
+    and.b32 ph, j, 1; xor.b32 ph, ph, 1; shl.b32 y, j, 6;
+    /* empty */ {wait(2, "ph")}
+    mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem+{BARS + 8}], {9 * BOX};
+    {load_k}
+    add.u32 j, j, 1; setp.lt.u32 p, j, n; @p bra FEED;
+    bra EXIT;
+CONSUMER:
+    mov.u32 x, smem; and.b32 x, x, 0x3ffff; shr.u32 x, x, 4; cvt.u64.u32 base, x;
+    or.b64 mn, base, {hex((1 << 62) | (64 << 32) | ((BOX // 16) << 16))};
+    or.b64 base, base, {hex((1 << 62) | (64 << 32) | (1 << 16))};
+    // row 16 warp + lane % 16, chunk (lane / 16) ^ (row & 7)
+    and.b32 t0, lane, 15; mad.lo.u32 t0, warp, 16, t0; shl.b32 t0, t0, 7;
+    shr.u32 t1, lane, 4; and.b32 t2, lane, 7; xor.b32 t1, t1, t2; shl.b32 t1, t1, 4; add.u32 st, t0, t1;
+    mov.u32 t0, smem; add.u32 st, st, t0; add.u32 st, st, {18 * BOX};
+    {" ".join(f"mov.f32 o{i}, 0f00000000;" for i in range(128))}
+    /* full Q */ {wait(0, "0")}
+LOOP:
+    and.b32 ph, j, 1;
+    /* full K */ {wait(1, "ph")}
+    wgmma.fence.sync.aligned; // QK
+    {qk}
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0; // S
+    {pack}
+    bar.sync 1, 128;
+    {store}
+    fence.proxy.async.shared::cta;
+    bar.sync 1, 128;
+    wgmma.fence.sync.aligned; // PV
+    {pv}
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0; // O
+    @lead mbarrier.arrive.shared::cta.b64 _, [smem+{BARS + 16}];
+    add.u32 j, j, 1; setp.lt.u32 p, j, n; @p bra LOOP;
+    ld.param.u64 at, [p_out];
+    shr.u32 t0, lane, 2; mad.lo.u32 t0, warp, 16, t0; shl.b32 t0, t0, 8;
+    and.b32 t1, lane, 3; shl.b32 t1, t1, 1; add.u32 t0, t0, t1; mul.wide.u32 w, t0, 4; add.s64 at, at, w;
+    {end}
+EXIT:
+    ret;
+}}
+"""
+
+
+def gemm(text: str, tiles: int = 3, rows: int | None = None, **options: Any) -> tuple[float, pm.Statistics]:
+    """(relative error, statistics)."""
+    rng = np.random.default_rng(7)
+    q = bf16(rng.standard_normal((64, 576)) / 24)
+    k = bf16(rng.standard_normal((rows or 64 * tiles, 576)))
+    out = np.full((64, 256), np.nan, np.float32)
+    maps = [pm.TensorMap(a.ctypes.data, a.shape[0], 576, 1152, 2, 64, 64) for a in (q, k)]
+    statistics = launch(text, {"q": q, "k": k, "out": out}, [*maps, out.ctypes.data, tiles], smem=BARS + 24, **options)
+    p = wide(bf16(wide(q) @ wide(k).T))
+    want = p @ wide(k)[:, :256]
+    return float(np.abs(out - want).max() / np.abs(want).max()), statistics
+
+
+@pytest.mark.parametrize("a_registers", [False, True])
+def test_gemm(a_registers: bool) -> None:
+    text = gemm_text(a_registers)
+    for seed in range(3):
+        error, statistics = gemm(text, seed=seed)
+        assert error < 2e-3  # one bf16 of P may round the other way
+    assert statistics.wgmmas == 3 * 40
+    assert statistics.flops == 3 * 2 * 64 * 64 * (576 + 256)
+    assert statistics.tma_bytes == statistics.global_read == 4 * 9 * BOX
+    assert statistics.global_written == 64 * 256 * 4
+    assert statistics.ways("stmatrix.sync.aligned.m8n8.x4.shared.b16") == 1
+
+
+def test_rows_outside_a_tensor_are_zero() -> None:
+    error, statistics = gemm(gemm_text(), tiles=2, rows=100)
+    assert error < 2e-3
+    assert statistics.global_read == (64 + 100) * 1152
+    assert gemm(gemm_text(), tiles=2, rows=100, checks=False)[0] < 2e-3
+
+
+def test_gemm_assembles(tmp_path: Path) -> None:
+    assemble(gemm_text(), tmp_path / "gemm.ptx")
+
+
+TRY = "mbarrier.try_wait.parity.shared::cta.b64 done,"
+PLANTED: dict[str, tuple[type[pm.MachineError], str, str, str]] = {
+    "no proxy fence": (pm.Race, "fence.proxy.async", "fence.proxy.async.shared::cta;", ""),
+    "fence after the barrier": (
+        pm.Race,
+        "fence.proxy.async",
+        "fence.proxy.async.shared::cta;\n    bar.sync 1, 128;",
+        "bar.sync 1, 128; fence.proxy.async.shared::cta;",
+    ),
+    "fence by one lane": (
+        pm.Race,
+        "fence.proxy.async",
+        "fence.proxy.async.shared::cta;",
+        "@lead fence.proxy.async.shared::cta;",
+    ),
+    "no barrier after P": (pm.MachineError, "wgmma's read", "cta;\n    bar.sync 1, 128;", "cta;"),
+    "no wait for the empty buffer": (pm.MachineError, "smem", f"{TRY} [smem+155664], ph;", "setp.eq.u32 done, 0, 0;"),
+    "no wait for the full buffer": (pm.MachineError, "smem", f"{TRY} [smem+155656], ph;", "setp.eq.u32 done, 0, 0;"),
+    "one look at the full buffer": (
+        pm.MachineError,
+        "smem",
+        "[smem+155656], ph; @done bra DONE; bra WAIT;",
+        "[smem+155656], ph;",
+    ),
+    "too many bytes expected": (pm.Deadlock, "bytes outstanding", "[smem+155656], 73728", "[smem+155656], 73744"),
+    "too few bytes expected": (pm.ProtocolError, "16 bytes more", "[smem+155656], 73728", "[smem+155656], 73712"),
+    "accumulators before the wait": (pm.Race, "s1 is read", "wgmma.wait_group.sync.aligned 0; // S", ""),
+    "buffer released before the wait": (pm.Race, "wgmma", "wgmma.wait_group.sync.aligned 0; // O", ""),
+    "no wgmma.fence": (pm.ProtocolError, "wgmma.fence", "wgmma.fence.sync.aligned; // QK", ""),
+    "no commit": (pm.MachineError, "wgmma", "wgmma.commit_group.sync.aligned;", ""),
+    "overlapping boxes": (pm.Race, "asynchronous copy", "[smem+81920], [tk", "[smem+73728], [tk"),
+    "one arrival too few": (pm.Deadlock, "arrivals outstanding 1 of 5", "[smem+155664], 4", "[smem+155664], 5"),
+    "one arrival too many": (pm.MachineError, "smem", "[smem+155664], 4", "[smem+155664], 3"),
+    "barriers not fenced": (pm.ProtocolError, "fence.mbarrier_init", "fence.mbarrier_init.release.cluster;", ""),
+    "descriptor off its row": (pm.ProtocolError, "k step", "add.s64 da, base, 6;", "add.s64 da, base, 7;"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted(name: str) -> None:
+    error, message, old, new = PLANTED[name]
+    text = gemm_text()
+    assert old in text
+
+    def seeds() -> None:
+        for seed in range(10 if name.startswith("one look") else 1):  # only a wait that gives up shows that one
+            gemm(text.replace(old, new), seed=seed)
+
+    with pytest.raises(error, match=message):
+        seeds()
+
+
+def test_no_wgmma_fence_after_a_was_written() -> None:
+    text = gemm_text(a_registers=True)
+    with pytest.raises(pm.ProtocolError, match="A register pk0"):
+        gemm(text.replace("wgmma.fence.sync.aligned; // PV", ""))
+
+
+def test_wrong_register_of_a() -> None:
+    """A registers of a wgmma in flight are written."""
+    text = gemm_text(a_registers=True)
+    old = "wgmma.wait_group.sync.aligned 0; // O"
+    assert old in text
+    with pytest.raises(pm.Race, match="pk3 is written"):
+        gemm(text.replace(old, f"mov.b32 pk3, 0; {old}"))
+
+
+def test_fp8_wgmma() -> None:
+    """64 x 8 x 32 of e4m3: A and B by st.shared, K-major without swizzle; all ones but one row of A."""
+    body = """
+    shl.b32 r1, r0, 4; mov.u32 r2, smem; add.u32 r1, r1, r2;
+    mov.b32 r4, 0x38383838; setp.eq.u32 p1, r0, 3; @p1 mov.b32 r4, 0x40404040;
+    st.shared.v4.b32 [r1], {r4, r4, r4, r4};
+    mov.b32 r4, 0x38383838; setp.lt.u32 p1, r0, 16; @p1 st.shared.v4.b32 [r1+2048], {r4, r4, r4, r4};
+    fence.proxy.async; bar.sync 0;
+    shr.u32 r5, r2, 4; cvt.u64.u32 rd1, r5; or.b64 rd1, rd1, 0x1000080000; add.s64 rd2, rd1, 128;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3 {f0, f1, f2, f3}, rd1, rd2, 0, 1, 1;
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    st.global.f32 [out], f0;
+    """
+    out = run_small(body, 128).view(np.float32)[:128].reshape(4, 8, 4)  # warp, row, lane of a row
+    want = np.full((4, 8, 4), 32, np.float32)
+    want[0, 3] = 48  # row 3, k 0 to 15 are 2
+    np.testing.assert_array_equal(out, want)
