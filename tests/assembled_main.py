@@ -1,25 +1,29 @@
-"""Runs decode cases through the PTX templates in the emulator of ptx_machine; a process of its own (TRITON_INTERPRET=1).
+"""Runs decode cases through the PTX templates in the emulator ptx_machine; a process of its own (TRITON_INTERPRET=1).
 
-    TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype bf16] [--only TEXT] [--part I/N]
-        [--seed N] [--stop] [--mistake NAME] [name=value …]
+    TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
+        [--part I/N] [--page 64] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
-Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter. Each
-case is made to fit: pages of 64 tokens or a multiple, rope_dim as it is. A case that the variant refuses is said with the
-reason, and is no failure. With --mistake a template is changed as MISTAKES says. The exit status is the number of failures (at most 100).
+Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter.
+Each case is made to fit: its pages hold whole tiles. A case that the variant refuses is said with the reason, and is no
+failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, which one of them must notice.
+The exit status is the number of failures (at most 100).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import cases
 import ptx_machine
 import torch
+from asm_mistakes import MISTAKES
 from interpreted_main import RED, interpretable, say
 
 from mla_jit import ops
@@ -34,33 +38,10 @@ from mla_jit.ops.variant import Variant
 from mla_jit.target import Target, by_name
 
 
-MISTAKES: dict[str, tuple[str, str, str]] = {  # (file, what stands there, what stands there instead)
-    "the last token": ("pieces.ptx", "min.s32 kv_end, kv_end, kv_len;", "min.s32 kv_end, kv_end, kv_len; sub.s32 kv_end, kv_end, 1;"),
-    "a tile too few": ("pieces.ptx", "sub.s32 count, last_tile, first_tile;", "sub.s32 count, last_tile, first_tile; sub.s32 last_tile, last_tile, 1; sub.s32 count, count, 1;"),
-    "another's pages": ("pieces.ptx", "cvt.s64.s32 d0, b;", "mov.u64 d0, 0;"),
-    "one token for all": ("queries.ptx", "mul.lo.s64 stride, stride, t;", "mul.lo.s64 stride, stride, 0;"),
-    "second half of a page": ("decode_splitk.ptx", "mad.lo.u32 row, page, {{ PAGE }}, t0;", "mul.lo.u32 row, page, {{ PAGE }};"),
-    "causal off by one": ("decode_splitk.ptx", "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;", "add.s32 t0, t0, token{{ r }};"),
-    "V is not zeroed": ("decode_splitk.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "no fence after P": ("decode_splitk.ptx", "{{ m.fence_async() }}\n    {{ m.bar_arrive(1 + b, 256) }}", "{{ m.bar_arrive(1 + b, 256) }}"),
-    "no wait for P": ("decode_splitk.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),
-    "no wait for a free buffer": ("decode_splitk.ptx", "{{ m.mbar_wait(empty(b, i // HALF), 'phase') }}", ""),
-    "no wait for a box": ("decode_splitk.ptx", "{{ m.mbar_wait(full(b, i), 'phase') }}", ""),
-    "a box given back early": ("decode_splitk.ptx", "{{ m.wgmma_wait(0) }}\n        {{ release(1, 1) }}", "{{ release(1, 1) }}\n        {{ m.wgmma_wait(0) }}"),
-    "maxima of other rows": ("decode_splitk.ptx", "ld.shared.f32 m_new1, [row4+{{ MAXIMA[b] + 32 }}];", "ld.shared.f32 m_new1, [row4+{{ MAXIMA[b] }}];"),
-    "half the sums": ("decode_splitk.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
-    "too few bytes expected": ("decode_splitk.ptx", "{{ m.mbar_expect(full(b, i), BOX) }}", "{{ m.mbar_expect(full(b, i), BOX - 128) }}"),
-    "narrow: no barrier after P": ("decode_narrow.ptx", "{{ m.fence_async() }}\n        {{ m.bar_sync(1, 128) }}                  // P", "{{ m.fence_async() }}                  // P"),
-    "narrow: no fence after P": ("decode_narrow.ptx", "{{ m.fence_async() }}\n        {{ m.bar_sync(1, 128) }}                  // P", "{{ m.bar_sync(1, 128) }}                  // P"),
-    "narrow: a warp's maxima": ("decode_narrow.ptx", "{% for other in (1, 2, 3) %}\n        ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n        max", "{% for other in (1, 2) %}\n        ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n        max"),
-    "narrow: the ring's parity": ("decode_narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
-    "narrow: O is not rescaled": ("decode_narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
-}  # fmt: skip
-
-
-def planted(name: str) -> None:
-    """Makes the mistake in every template that is read from here on."""
-    file, old, new = MISTAKES[name]
+@contextlib.contextmanager
+def planted(variant: str, name: str) -> Iterator[None]:
+    """One of asm_mistakes.py in every template that is read meanwhile."""
+    file, old, new = MISTAKES[variant][name]
     true = render.closure
 
     def closure(isa: str, template: str) -> str:
@@ -72,6 +53,10 @@ def planted(name: str) -> None:
         return json.dumps(files)
 
     render.closure = closure  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        render.closure = true
 
 
 def fitting(case: cases.Case, page: int) -> cases.Case:
@@ -142,6 +127,38 @@ def decode(
     return out, lse, said
 
 
+def judged(
+    case: cases.Case, variant: Variant, target: Target, changes: dict[str, Any], seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a case: its config and figures, or why it is refused. Raises what the emulator or the judgement raises."""
+    call = cases.build(case)
+    inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
+    config = variant.default(inputs.problem, target).replace(pdl=False, **changes)
+    if (reason := variant.rejects(inputs.problem, target, config)) is not None:
+        return {"refused": reason}
+    out, lse, said = decode(call, inputs, variant, target, config, seed)
+    figures = cases.check(call, out, lse)
+    return {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error, "steps": said.steps}
+
+
+def alive(variant: Variant, target: Target, seed: int) -> int:
+    """How many of the mistakes no case notices."""
+    found = 0
+    for mistake in MISTAKES[variant.name]:
+        started, killed = time.perf_counter(), ""
+        for case in cases.HARD:
+            try:
+                with planted(variant.name, mistake):
+                    judged(fitting(interpretable(case, "fp16"), 64), variant, target, {}, seed)
+            except (AssertionError, ptx_machine.MachineError) as error:
+                killed = f"{type(error).__name__}: {error}"
+                break
+        found += not killed
+        seconds = round(time.perf_counter() - started, 3)
+        say({"mistake": mistake, "killed": killed.partition("\n")[0], "seconds": seconds})
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variant", default="decode_splitk_asm")
@@ -149,36 +166,27 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--only", default="", help="cases whose id contains this")
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
+    parser.add_argument("--cases", choices=["small", "large", "mistakes"], default="small")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run and copies end")
-    parser.add_argument("--mistake", choices=list(MISTAKES), help="made in a template; a case must fail then")
     parser.add_argument("--page", type=int, default=64, help="at least so many tokens")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()
     changes = {name: json.loads(value) for name, value in (change.split("=") for change in options.changes)}
-    if options.mistake is not None:
-        planted(options.mistake)
     variant = next(v for v in ops.variants("decode") if v.name == options.variant)
     target = dataclasses.replace(by_name("sm_90"), sms=options.sms)
-    failures = 0
     first, step = map(int, options.part.split("/"))
-    for case in cases.SMALL[first::step]:
+    if options.cases == "mistakes":
+        return alive(variant, target, options.seed)
+    failures = 0
+    for case in {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]:
         case = fitting(interpretable(case, options.dtype), options.page)
         if options.only not in case.id:
             continue
-        started = time.perf_counter()
         line: dict[str, Any] = {"case": case.id}
-        call = cases.build(case)
+        started = time.perf_counter()
         try:
-            inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
-            config = variant.default(inputs.problem, target).replace(pdl=False, **changes)
-            line["config"] = str(config)
-            if (reason := variant.rejects(inputs.problem, target, config)) is not None:
-                line["refused"] = reason
-            else:
-                out, lse, said = decode(call, inputs, variant, target, config, options.seed)
-                figures = cases.check(call, out, lse)
-                line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error, "steps": said.steps}
+            line |= judged(case, variant, target, changes, options.seed)
         except Exception as error:  # one bad case must not hide the others
             line["error"] = f"{type(error).__name__}: {error}"
             failures += 1

@@ -393,6 +393,21 @@ def _with(case: Case, **changes: Any) -> Case:
 FP8 = {"q_dtype": "bf16", "kv_dtype": "fp8_e4m3"}
 FP8_BOTH = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3"}
 
+# The dims of real models on few tokens, for what runs kernels as they are compiled but slowly.
+LARGE: tuple[Case, ...] = (
+    Case(heads=16, C=512, R=64, page=64, lens=(200, 64, 1)),
+    Case(heads=128, C=512, R=64, page=64, lens=(330,), cap=30.0, sinks=True),
+    Case(heads=40, C=256, R=32, page=64, lens=(130, 0, 65), q_len=2),
+    Case(heads=24, C=512, R=64, page=128, lens=(257, 120), q_len=1, csr=True),
+    Case(heads=20, C=512, R=0, page=64, lens=(700, 40, 40), index64=True),
+)
+
+# Several sequences, pages of two tiles, a causal boundary, an odd tile and a part of one; and eight tiles in one piece.
+HARD: tuple[Case, ...] = (
+    Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64)),
+    Case(heads=8, page=64, lens=(490,), num_kv_splits=1),
+)
+
 # Small enough for the CPU and for Triton's interpreter; every feature alone, and in pairs where they meet in the code.
 SMALL: tuple[Case, ...] = (
     # lengths, pages, tiles

@@ -112,8 +112,8 @@ def render(source: Source) -> Rendered:
     marked = {file: _marked(number, text) for number, (file, text) in enumerate(files)}
     seen: set[str] = set()
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (marked[name], name, None)), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        autoescape=False, keep_trailing_newline=True,
+        loader=jinja2.FunctionLoader(lambda name: (marked[name], name, None)), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True,
     )  # fmt: skip
     unused = set(given)
 

@@ -1,4 +1,4 @@
-"""The PTX templates and their toolchain: what is wrong is said with its line; every knob is assembled within its budget."""
+"""The PTX templates and their toolchain: faults are said with their line; every knob is assembled within budget."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_every_pair_occurs() -> None:
                 has_lens=False,
                 ragged=True,
             ),
-        ),  # fmt: skip
+        ),
     ],
     ids=["wide", "narrow", "much"],
 )
@@ -172,7 +172,7 @@ def test_rendered_text_is_as_committed(
     )
 
 
-# ------------------------------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------------ what goes wrong
 
 
 def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:
@@ -253,7 +253,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
     ]
 
 
-# ----------------------------------------------------------------------------------------------------------- in the rows
+# ---------------------------------------------------------------------------------------------------- in the rows
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The rows of the PTX templates of stage 1: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` (up to 32 rows).
+"""The rows of stage 1 in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` (up to 32 rows).
 
 Pieces, arguments, workspace and combine are those of splitk.py. Imports neither triton nor jinja2.
 """

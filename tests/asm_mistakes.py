@@ -1,0 +1,64 @@
+"""Mistakes in the PTX templates that the emulated cases must notice: by name (file, what stands there, instead)."""
+
+_FENCED = "{{ m.fence_async() }}\n"
+_PUBLISH = "    {{ m.bar_arrive(1 + b, 256) }}"
+_P_THERE = "        {{ m.bar_sync(1, 128) }}                  // P is there"
+_OTHERS = "ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n"
+
+WIDE: dict[str, tuple[str, str, str]] = {
+    "the last token": (
+        "pieces.ptx",
+        "min.s32 kv_end, kv_end, kv_len;",
+        "min.s32 kv_end, kv_end, kv_len; sub.s32 kv_end, kv_end, 1;",
+    ),
+    "the last tile": (
+        "pieces.ptx",
+        "sub.s32 count, last_tile, first_tile;",
+        "sub.s32 last_tile, last_tile, 1; sub.s32 count, last_tile, first_tile;",
+    ),
+    "another's pages": ("pieces.ptx", "cvt.s64.s32 d0, b;", "mov.u64 d0, 0;"),
+    "one token for all": ("queries.ptx", "mul.lo.s64 stride, stride, t;", "mov.u64 stride, 0;"),
+    "the second half of a page": ("decode_splitk.ptx", "{{ PAGE }}, t0;", "{{ PAGE }}, 0;"),
+    "causal off by one": (
+        "decode_splitk.ptx",
+        "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;",
+        "add.s32 t0, t0, token{{ r }};",
+    ),
+    "V is not zeroed": ("decode_splitk.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "no fence after P": ("decode_splitk.ptx", _FENCED + _PUBLISH, _PUBLISH),
+    "no wait for P": ("decode_splitk.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),
+    "no wait for a free buffer": ("decode_splitk.ptx", "{{ m.mbar_wait(empty(b, i // HALF), 'phase') }}", ""),
+    "no wait for a box": ("decode_splitk.ptx", "{{ m.mbar_wait(full(b, i), 'phase') }}", ""),
+    "a buffer given back early": (
+        "decode_splitk.ptx",
+        "{{ m.wgmma_wait(0) }}\n        {{ release(1, 1) }}",
+        "{{ release(1, 1) }}\n        {{ m.wgmma_wait(0) }}",
+    ),
+    "the maxima of other rows": (
+        "decode_splitk.ptx",
+        "MAXIMA[b] + 32 }}];\n{% endmacro %}",
+        "MAXIMA[b] }}];\n{% endmacro %}",
+    ),
+    "half the sums": ("decode_splitk.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
+    "too few bytes expected": ("decode_splitk.ptx", "full(b, i), BOX) }}", "full(b, i), BOX - 128) }}"),
+}
+NARROW: dict[str, tuple[str, str, str]] = {
+    "no fence after P": ("decode_narrow.ptx", _FENCED + _P_THERE, _P_THERE),
+    "no barrier after P": ("decode_narrow.ptx", _P_THERE, "        // P is there"),
+    "the ring's parity": ("decode_narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
+    "no wait for a free box": ("decode_narrow.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
+    "O is not rescaled": ("decode_narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
+    "the sums of three warps": (
+        "decode_narrow.ptx",
+        "(1, 2, 3) %}\n        " + _OTHERS + "        add",
+        "(1, 2) %}\n        " + _OTHERS + "        add",
+    ),
+    "causal off by one": (
+        "decode_narrow.ptx",
+        "        add.s32 t0, t0, 1;\n        {{ pieces.visible('t0') }}",
+        "        {{ pieces.visible('t0') }}",
+    ),
+    "V is not zeroed": ("decode_narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "a box too far": ("decode_narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+}
+MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW}

@@ -1,0 +1,57 @@
+"""Decode cases through the PTX templates in the emulator, which checks results and synchronisation; and what it notices.
+
+A process each, since the combine after them runs in Triton's interpreter (assembled_main.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import asm_mistakes
+import cases
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+RUNS = {
+    "wide": ("--part=0/4",),
+    "wide, bf16, pages of 192": ("--part=7/16", "--dtype=bf16", "--page=192", "lazy=false"),
+    "narrow": ("--variant=decode_narrow_asm", "--part=2/4"),
+    "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/16", "--dtype=bf16", "lazy=false"),
+    "wide, real dims": ("--cases=large", "--part=1/2"),
+    "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
+}
+
+
+def lines_of(*arguments: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, "-W", "ignore", str(TESTS / "assembled_main.py"), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    sys.stdout.write(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()], done
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_case_is_right(run: str) -> None:
+    lines, done = lines_of(*RUNS[run])
+    assert [line["error"] for line in lines if "error" in line] == []
+    assert done.returncode == 0, done.stderr[-2000:]
+    part = next(a.removeprefix("--part=") for a in RUNS[run] if a.startswith("--part="))
+    first, step = map(int, part.split("/"))
+    chosen = cases.LARGE if "--cases=large" in RUNS[run] else cases.SMALL
+    assert len(lines) == len(chosen[first::step])
+    ran = [line for line in lines if "refused" not in line]
+    assert len(ran) >= len(lines) / 2
+    assert all(line["rel_l2"] <= 8e-3 and line["lse_error"] <= 1e-3 for line in ran)
+
+
+@pytest.mark.parametrize("variant", asm_mistakes.MISTAKES)
+def test_every_mistake_is_noticed(variant: str) -> None:
+    lines, done = lines_of("--variant", variant, "--cases", "mistakes")
+    assert [line["mistake"] for line in lines if not line["killed"]] == []
+    assert len(lines) == len(asm_mistakes.MISTAKES[variant])
+    assert done.returncode == 0, done.stderr[-2000:]
