@@ -147,7 +147,8 @@ class _Tuner:
         device = _device_of(target)
         wanted = shapes(problem, _room_bytes(device))
         if not wanted:
-            self._say("memory", f"{problem} is not tuned: its cache does not fit {device} beside what is there")
+            what = problem.DATA
+            self._say("memory", f"{problem} is not tuned: its {what} does not fit {device} beside what is there")
             return
         if self._store is None:
             self._store = Store(user_path())
@@ -205,7 +206,7 @@ def shapes(problem: Any, room_bytes: int) -> list[Any]:
     """
 
     def fits(shape: Any) -> bool:
-        return sweep.cache_bytes(shape) <= room_bytes
+        return bool(shape.data_bytes <= room_bytes)
 
     if isinstance(problem, PrefillProblem):
         problem = dataclasses.replace(problem, hinted=True)

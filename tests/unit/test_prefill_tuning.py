@@ -17,7 +17,7 @@ from mla_jit import ahead, explain, models, ops, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.ops.prefill import blocked_cpu
 from mla_jit.problem import PrefillProblem
-from mla_jit.tuning import auto, candidate, prompts, shipped, space, sweep
+from mla_jit.tuning import auto, candidate, prompts, shipped, space
 from mla_jit.tuning.rows import Trial
 from mla_jit.tuning.store import Store
 
@@ -142,7 +142,7 @@ def test_a_measured_row_serves_the_problem_and_its_neighbours(tmp_path: Path) ->
         between = dataclasses.replace(problem, q_len=1280, total_q=2560)
         near = plan.choose(between, HOPPER)
         assert (near.provenance, near.config) == ("neighbour", best)
-        assert "total_q 2048 for 2560" in near.why
+        assert "with q_len 1024 for 1280: measured" in near.why
         other = plan.choose(dataclasses.replace(problem, causal=False), HOPPER)
         assert other.provenance == "default"
         told = explain.explain(problem, HOPPER, build=False)
@@ -191,7 +191,7 @@ def test_a_first_call_in_an_autotune_block_is_tuned(tmp_path: Path) -> None:
 
 
 def test_prompts_that_do_not_fit_are_not_tuned() -> None:
-    size = sweep.cache_bytes(SMALL)
+    size = SMALL.data_bytes
     assert size == 160 * 4 * (48 + 32) * 4 + 256 * 2 * (48 + 32) * 4
     assert auto.shapes(dataclasses.replace(SMALL, hinted=False), size) == [SMALL]
     assert auto.shapes(SMALL, size - 1) == []
