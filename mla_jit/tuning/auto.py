@@ -209,7 +209,7 @@ def shapes(problem: Any, room_bytes: int) -> list[Any]:
         return bool(shape.data_bytes <= room_bytes)
 
     if isinstance(problem, PrefillProblem):
-        problem = dataclasses.replace(problem, hinted=True)
+        problem = dataclasses.replace(problem, hinted=True, max_kv_len=problem.shape[3])  # as a lookup takes it
     if problem.hinted:
         return [problem] if fits(problem) else []
     longest = dataclasses.replace(problem, hinted=True)
