@@ -67,7 +67,10 @@ _OP = (
         "--op", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True,
         help="Take calls of this op; prefill: prompts, un-absorbed.",
     ),
-    click.option("--full", is_flag=True, help="Let every query of a prompt see all keys, as a chunk its prefix."),
+    click.option(
+        "--full", is_flag=True, show_default="causal",
+        help="Let every query of a prompt see all keys, as those of a chunk see its prefix.",
+    ),
 )  # fmt: skip
 _OF_ALL = ("model", "tp", "dtype", "batch", "kv_len", "q_len")
 # By op: the options that say something of it beside these, and what stands for the absent ones.
