@@ -195,7 +195,7 @@ ENDS = (_sized(1, 256, 256), _sized(64, 16384, 65536))  # between them lies all 
 )  # fmt: skip
 def test_no_row_is_a_neighbour_across_what_decides(changes: dict[str, Any], database: Path) -> None:
     """Nor where rows of fewer and of more heads lie around it."""
-    around = [dataclasses.replace(KEYED, num_heads=n, num_kv_heads=n) for n in (8, 64)]
+    around = [dataclasses.replace(KEYED, num_heads=n, num_kv_heads=kv) for n, kv in ((8, 8), (64, 64), (64, 16))]
     _fill(database, *(_trial(p, _config(64), HOPPER, 9.0) for p in (*ENDS, KEYED, *around)))
     assert plan.known(KEYED, HOPPER).provenance == "measured"
     assert plan.known(dataclasses.replace(KEYED, **changes), HOPPER).provenance == "default"
@@ -321,20 +321,26 @@ def test_a_call_that_does_not_tell_the_longest_keys_finds_its_row(database: Path
 
 
 def test_kernels_of_tuned_prompts_of_any_size_are_compiled_ahead(database: Path) -> None:
-    """Of rows with other tokens and sizes than those that are looked at; none is missing in strict mode."""
+    """Of rows with other tokens and sizes than those that are looked at; none is missing in strict mode.
+
+    Some are the fastest at a length, some only good at all lengths of the keys, for calls that do not tell these.
+    """
     rng, model = random.Random(1), models.by_name("deepseek-v3")
-    rows, spaces = [], {}
-    for batch, q_len, kv_len, total in itertools.product((1, 8), (256, 4096), (4096, 65536), (1, 2)):
-        problem = _sized(batch, q_len, kv_len)
-        if batch > 1:
-            problem = dataclasses.replace(problem, total_q=problem.total_q // total)
-        spaces[kv_len] = spaces.get(kv_len) or space.candidates(problem, HOPPER, VARIANTS)
-        rows += [_trial(problem, config, HOPPER, rng.uniform(5, 50)) for config in rng.sample(spaces[kv_len], 3)]
+    every = space.candidates(KEYED, HOPPER, VARIANTS)
+    rows = []
+    for batch, q_len, total in itertools.product((1, 8), (256, 4096), (1, 2)):
+        steady = rng.choice(every)
+        for kv_len in (4096, 16384, 65536):
+            problem = _sized(batch, q_len, kv_len)
+            if batch > 1:
+                problem = dataclasses.replace(problem, total_q=problem.total_q // total)
+            rows += [_trial(problem, config, HOPPER, 10.0) for config in rng.sample(every, 2)]
+            rows.append(_trial(problem, steady, HOPPER, 11.0))
     _fill(database, *rows)
     kinds = models.prefill_problems(model, HOPPER, tp=8, dtypes=["bf16"], causal=(True,))
     ready = {job.source.key for job in ahead.jobs_of(ahead.prompts_of_any_size(kinds), HOPPER).jobs}
-    seen = set()
-    for _ in range(150):
+    seen, robust = set(), False
+    for _ in range(200):
         batch, q_len = rng.randint(1, 8), rng.randint(256, 4096)
         kv_len = rng.randint(q_len, 65536)
         problem = _sized(batch, q_len, kv_len, lse=rng.random() < 0.5)
@@ -344,10 +350,12 @@ def test_kernels_of_tuned_prompts_of_any_size_are_compiled_ahead(database: Path)
             )
         choice = plan.known(problem, HOPPER)
         seen.add((choice.provenance, choice.config))
+        robust |= "best worst case" in choice.why
         for source in choice.variant.sources(problem, HOPPER, choice.config):
             assert source.key in ready, f"{source.name} of {problem}, {choice}"
-    assert {provenance for provenance, _ in seen} == {"neighbour"}
-    assert len(seen) > 5
+    assert {provenance for provenance, _ in seen} <= {"neighbour", "measured"}
+    assert robust
+    assert len(seen) > 8
 
 
 def test_candidates_are_compiled_for_a_gpu_that_is_not_here_and_timed_by_a_clock(
