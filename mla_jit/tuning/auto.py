@@ -201,8 +201,8 @@ class _Tuner:
 def shapes(problem: Any, room_bytes: int) -> list[Any]:
     """The shapes to tune for a problem, shortest first: its hints, or else the lengths that its capacity may stand for.
 
-    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits. A prompt's
-    rows are what there is, so it has one shape.
+    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits. A prompt
+    has one shape: that with the longest keys that a lookup takes it to have.
     """
 
     def fits(shape: Any) -> bool:
