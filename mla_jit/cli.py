@@ -350,7 +350,7 @@ def _prompt(
 ) -> PrefillProblem:  # fmt: skip
     from mla_jit import models
     from mla_jit.dtypes import DTYPES
-    from mla_jit.problem import PrefillProblem, bucket, rounded
+    from mla_jit.problem import PrefillProblem
 
     if model is None:
         raise InvalidInput("--prefill needs --model, which gives heads and dims")
@@ -359,9 +359,8 @@ def _prompt(
     return PrefillProblem(
         num_heads=row.local_heads(tp), num_kv_heads=row.local_heads(tp), qk_dim=row.nope_dim + row.rope_dim,
         v_dim=row.v_dim, q_dtype=q, kv_dtype=kv, out_dtype="bf16" if DTYPES[q].bits == 8 else q, causal=causal,
-        soft_cap=soft_cap, lse=lse, q_scale=q_scale, k_scale=kv_scale, v_scale=kv_scale, batch=batch,
-        q_len=rounded(q_len), total_q=rounded(batch * q_len), max_kv_len=bucket(max_kv_len),
-        total_kv=bucket(batch * max_kv_len), hinted=True,
+        soft_cap=soft_cap, lse=lse, q_scale=q_scale, k_scale=kv_scale, v_scale=kv_scale,
+        **PrefillProblem.sizes(batch, q_len, max_kv_len),
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ _GRIDS = {
         ("shape", "shape", "<30"), ("ours_us", "ours us", ">9.0f"), ("low_us", "low", ">8.0f"),
         ("high_us", "high", ">8.0f"), ("tflops", "TFLOP/s", ">8.0f"), ("cudnn_us", "cuDNN us", ">9.0f"),
         ("cudnn_tflops", "TFLOP/s", ">8.0f"), ("score", "score", ">6.2f"), ("error", "error", ">8.1e"),
-        ("variant", "variant", ""),
+        ("provenance", "choice", "<9"), ("variant", "variant", ""),
     ),
     "databases": (
         _SHAPE, ("tuned_us", "tuned us", ">9.1f"), ("untuned_us", "untuned us", ">10.1f"),

@@ -14,7 +14,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mla_jit.config import Config
     from mla_jit.models import Model
-    from mla_jit.problem import DecodeProblem
+    from mla_jit.problem import Tunable
     from mla_jit.target import Target
     from mla_jit.tuning import schedule, sweep
     from mla_jit.tuning.rows import Measurement, Trial
@@ -45,12 +45,15 @@ _AXES = (
         "--dtype", str, "Take these dtypes: bf16, fp16, fp8 (a cache of fp8, q bf16), fp8xfp8, or QxCACHE.",
         show_default="the model's",
     ),
-    repeated("--batch", positive, "Take so many sequences a call.", default=("1,4,16,64,128",), show_default=True),
+    repeated("--batch", positive, "Take so many sequences a call.", show_default="1,4,16,64,128; prompts 1,4,16"),
     repeated(
         "--kv-len", positive, "Take so many tokens a sequence; what exceeds a model's context is left out.",
-        default=("1024,4096,16384,65536",), show_default=True,
+        show_default="1024,4096,16384,65536; prompts 1024,4096,16384",
     ),
-    repeated("--q-len", positive, "Take so many query tokens a sequence.", default=("1",), show_default=True),
+    repeated(
+        "--q-len", positive, "Take so many query tokens a sequence; fewer than --kv-len are a prompt's chunk behind a "
+        "prefix.", show_default="1; prompts as many as --kv-len",
+    ),
     repeated(
         "--lengths", str, "Let the lengths of a batch be even, all as long as the bound, or log-uniform (also called "
         "ragged) or uniform up to it, or one-long, the others short.", default=("even",), show_default=True,
@@ -59,20 +62,57 @@ _AXES = (
         "--page-size", type=click.IntRange(1), default=64, show_default=True, help="Take pages of so many tokens."
     ),
 )  # fmt: skip
-_NAMES = ("model", "tp", "dtype", "batch", "kv_len", "q_len", "lengths", "page_size")
+_OP = (
+    click.option(
+        "--op", type=click.Choice(["decode", "prefill"]), default="decode", show_default=True,
+        help="Take calls of this op; prefill: prompts, un-absorbed.",
+    ),
+    click.option(
+        "--full", is_flag=True, show_default="causal",
+        help="Let every query of a prompt see all keys, as those of a chunk see its prefix.",
+    ),
+)  # fmt: skip
+_OF_ALL = ("model", "tp", "dtype", "batch", "kv_len", "q_len")
+# By op: the options that say something of it beside these, and what stands for the absent ones.
+_OWN = {"decode": ("lengths", "page_size"), "prefill": ("full",)}
+_ABSENT: dict[str, dict[str, tuple[int, ...]]] = {
+    "decode": {"batch": (1, 4, 16, 64, 128), "kv_len": (1024, 4096, 16384, 65536), "q_len": (1,)},
+    "prefill": {"batch": (1, 4, 16), "kv_len": (1024, 4096, 16384), "q_len": ()},
+}
 
 
-def _shapes(command: Callable[..., Any], required: bool = True) -> Callable[..., Any]:
+def _shapes(command: Callable[..., Any], required: bool = True, more: Sequence[Any] = ()) -> Callable[..., Any]:
     """Adds the options that say which shapes."""
     text = "Take the shapes of these models, rows of configs/models.yaml."
-    for option in reversed((repeated("--model", str, text, required=required), *_AXES)):
+    for option in reversed((*more, repeated("--model", str, text, required=required), *_AXES)):
         command = option(command)
     return command
 
 
+def _shapes_of_an_op(command: Callable[..., Any]) -> Callable[..., Any]:
+    return _shapes(command, more=_OP)
+
+
 def _shapes_or_plan(command: Callable[..., Any]) -> Callable[..., Any]:
     text = "Take the shapes of a file that `mla-tune plan --out` has written, instead of models."
-    return click.option("--plan", "file", type=click.Path(path_type=Path), help=text)(_shapes(command, required=False))
+    plan = click.option("--plan", "file", type=click.Path(path_type=Path), help=text)
+    return plan(_shapes(command, required=False, more=_OP))
+
+
+def _given(names: Iterable[str]) -> list[str]:
+    """The flags of those of these options that stand on the command line."""
+    source = click.get_current_context().get_parameter_source
+    given = [name for name in names if source(name) == click.core.ParameterSource.COMMANDLINE]
+    return ["--" + name.replace("_", "-") for name in given]
+
+
+def _of_op(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that say something of the op, with what stands for absent ones. InvalidInput for one of another."""
+    op = options.get("op", "decode")
+    if foreign := _given(name for other, names in _OWN.items() if other != op for name in names):
+        raise InvalidInput(f"{', '.join(foreign)}: says nothing of {op}; leave it out")
+    found = {name: options[name] for name in ("op", *_OF_ALL, *_OWN[op]) if name in options}
+    return found | {name: found[name] or absent for name, absent in _ABSENT[op].items()}
 
 
 def _models(options: dict[str, Any]) -> list[tuple[Model, int]]:
@@ -82,16 +122,21 @@ def _models(options: dict[str, Any]) -> list[tuple[Model, int]]:
 
 
 def _axes(options: dict[str, Any]) -> dict[str, Any]:
-    return {
+    """The arguments of the op's function of `sweep.SHAPES`."""
+    found = {
         "dtypes": options["dtype"] or None, "batches": options["batch"], "kv_lens": options["kv_len"],
-        "q_lens": options["q_len"], "page_size": options["page_size"], "lengths": options["lengths"],
+        "q_lens": options["q_len"],
     }  # fmt: skip
+    found |= {name: options[name] for name in ("page_size", "lengths") if name in options}
+    return found | ({"causal": not options["full"]} if "full" in options else {})
 
 
-def _problems(target: Target, options: dict[str, Any], memory_bytes: int | None) -> list[DecodeProblem]:
+def _problems(target: Target, options: dict[str, Any], memory_bytes: int | None) -> list[Any]:
     from mla_jit.tuning import sweep
 
-    return sweep.shapes(_models(options), target, memory_bytes=memory_bytes, **_axes(options))
+    options = _of_op(options)
+    made = sweep.SHAPES[options.get("op", "decode")]
+    return list(made(_models(options), target, memory_bytes=memory_bytes, **_axes(options)))
 
 
 def _search(default: str | None, shown: str) -> Callable[..., Any]:
@@ -110,7 +155,7 @@ def _jobs(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("plan")
 @click.option("--target", show_default="this machine's", help="Plan for this row of configs/targets.yaml.")
-@_shapes
+@_shapes_of_an_op
 @_search("auto", "")
 @_jobs
 @click.option(
@@ -127,6 +172,7 @@ def plan(target: str | None, how: str, jobs: int | None, out: Path | None, as_js
 
     \b
     mla-tune plan --model deepseek-v3,kimi-k2 --tp 8 --target TARGET --out FILE
+    mla-tune plan --op prefill --model deepseek-v3 --tp 8 --q-len 2048 --kv-len 2048,8192,32768
     mla-tune run --plan FILE
     """
     from mla_jit import target as targets
@@ -134,10 +180,11 @@ def plan(target: str | None, how: str, jobs: int | None, out: Path | None, as_js
 
     there = targets.by_name(target) if target is not None else targets.here()
     memory_bytes = _memory_bytes(there) if target is None else None
+    options = _of_op(options)
     with _counting() as on_count:
         found = schedule.make(
             _models(options), there, options={**options, "search": how}, memory_bytes=memory_bytes, jobs=jobs,
-            on_count=on_count, **_axes(options),
+            on_count=on_count, op=options["op"], **_axes(options),
         )  # fmt: skip
     if out is not None:
         schedule.write(found, out)
@@ -156,16 +203,14 @@ def _show_schedule(found: schedule.Schedule, how: str) -> None:
 
     click.echo(f"{_number(len(found.shapes), 'shape')} for {found.target} ({found.device})")
     for (like, makers), shapes in schedule.families(found.shapes).items():
-        dims = f"{like.num_heads} heads × {like.kv_lora_rank}+{like.rope_dim}"
-        click.echo(f"\n{dims}, {like.q_dtype}×{like.kv_dtype}, page {like.page_size}: {', '.join(makers)}")
+        click.echo(f"\n{like.kind}: {', '.join(makers)}")
         click.echo("   batch  kv_len  q_len  lengths      configs  kernels  auto measures     auto  exhaustive")
         for shape in shapes:
             p = shape.problem
-            lengths = "even" if p.total_kv is None else p.mix
             times = f"{_span(shape.auto_s):>7}  {_span(shape.exhaustive_s):>10}"
             click.echo(
-                f"  {p.batch:6}  {p.max_kv_len:6}  {p.q_len:5}  {lengths:11}  {shape.candidates:7}  {shape.kernels:7}  "
-                f"{shape.measured:13}  {times}"
+                f"  {p.batch:6}  {p.max_kv_len:6}  {p.q_len:5}  {p.spread:11}  {shape.candidates:7}  "
+                f"{shape.kernels:7}  {shape.measured:13}  {times}"
             )
     _show_left_out(found.left_out)
     if found.shapes:
@@ -185,10 +230,8 @@ def _show_schedule(found: schedule.Schedule, how: str) -> None:
 
 
 def _show_left_out(left_out: Sequence[schedule.LeftOut], err: bool = False) -> None:
-    from mla_jit.tuning import schedule
-
     for left in left_out:
-        click.echo(f"left out: {schedule.label(left.problem)}: {left.reason}", err=err)
+        click.echo(f"left out: {left.problem.label}: {left.reason}", err=err)
 
 
 def _number(count: int, what: str) -> str:
@@ -255,6 +298,7 @@ def run(file: Path | None, how: str | None, budget_s: float, jobs: int | None, g
 
     \b
     mla-tune run --model deepseek-v3 --tp 8 --batch 1,16,64 --kv-len 1024,4096 --budget 10m
+    mla-tune run --op prefill --model deepseek-v3 --tp 8 --batch 1,4 --kv-len 1024,8192 --budget 10m
     mla-tune run --plan FILE --gpus 0,1 --budget 1h30m
     """
     from mla_jit import target as targets
@@ -264,7 +308,7 @@ def run(file: Path | None, how: str | None, budget_s: float, jobs: int | None, g
     if not gpus:
         raise InvalidInput("--gpus is empty; name at least one, the first is 0")
     there = targets.here()
-    wanted: list[DecodeProblem]
+    wanted: list[Tunable]
     if file is not None:
         planned = schedule.read(file)
         planned.check(there, file)
@@ -300,11 +344,9 @@ def _check_source(file: Path | None, options: dict[str, Any]) -> None:
     """InvalidInput unless the shapes come from a plan or from models, and from one of these."""
     if (file is None) == (not options["model"]):
         raise InvalidInput("say which shapes, by one of --plan FILE and --model NAME")
-    source = click.get_current_context().get_parameter_source
-    given = [name for name in _NAMES if source(name) == click.core.ParameterSource.COMMANDLINE]
+    given = _given(("op", *_OF_ALL, *(name for names in _OWN.values() for name in names)))
     if file is not None and given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise InvalidInput(f"--plan has the shapes already; leave out {flags}, or make another plan")
+        raise InvalidInput(f"--plan has the shapes already; leave out {', '.join(given)}, or make another plan")
 
 
 def _memory_bytes(there: Target) -> int | None:
@@ -323,7 +365,7 @@ class _Swept:
 
     shapes: int
     rows: list[sweep.Finished] = field(default_factory=list)
-    known: dict[DecodeProblem, Trial] = field(default_factory=dict)
+    known: dict[Tunable, Trial] = field(default_factory=dict)
     interrupts: int = 0
     seconds: float = 0.0
 
@@ -346,7 +388,7 @@ class _Swept:
 
 
 def _sweep(
-    problems: Sequence[DecodeProblem], there: Target, devices: Sequence[str], path: Path, budget_s: float,
+    problems: Sequence[Tunable], there: Target, devices: Sequence[str], path: Path, budget_s: float,
     jobs: int | None, quiet: bool, as_json: bool, **options: Any,
 ) -> _Swept:  # fmt: skip
     from mla_jit.tuning import builds, pool, store, sweep
@@ -448,7 +490,7 @@ def _command(*without: str) -> str:
 class _Work:
     """The shape in work on a device. `planned` is None while the best of other lengths are timed at it."""
 
-    problem: DecodeProblem
+    problem: Tunable
     planned: int | None
     default: Config | None
     started: float
@@ -474,8 +516,6 @@ class _Work:
         return str(self.measured) if self.planned is None else f"{self.measured}/{self.planned}"
 
     def __str__(self) -> str:
-        from mla_jit.tuning import schedule
-
         parts = []
         if self.times_us:
             parts.append(f"best {min(self.times_us.values()):.1f} us")
@@ -483,7 +523,7 @@ class _Work:
             parts.append(f"default {default_us:.1f}")
         parts += [f"{self.faults} faulty"] if self.faults else []
         what = "" if self.planned is not None else ", the best of other lengths"
-        return f"{schedule.label(self.problem)}{what}  {', '.join(parts)}".rstrip()
+        return f"{self.problem.label}{what}  {', '.join(parts)}".rstrip()
 
 
 class _Watch:
@@ -516,7 +556,7 @@ class _Watch:
             elif work is not None and name == "done":
                 work.over = True
 
-    def _default(self, problem: DecodeProblem) -> Config:
+    def _default(self, problem: Tunable) -> Config:
         from mla_jit import plan
 
         return plan.analytic(problem, self.target).config
@@ -630,7 +670,7 @@ def _bar(total: int, quiet: bool) -> Iterator[Any]:
 
 
 def _finished(done: sweep.Finished) -> str:
-    total = "" if done.problem.total_kv is None else f", {done.problem.total_kv} tokens in all"
+    total = "" if done.problem.spread == "even" else f", {done.problem.total_kv} tokens in all"
     what = f"{done.problem}{total}"
     if done.outcome is None:
         return f"{what}: finished before"
@@ -646,7 +686,7 @@ def _finished(done: sweep.Finished) -> str:
     )
 
 
-def _finished_json(done: sweep.Finished, known: dict[DecodeProblem, Trial]) -> dict[str, Any]:
+def _finished_json(done: sweep.Finished, known: dict[Tunable, Trial]) -> dict[str, Any]:
     row: dict[str, Any] = {"problem": done.problem.fields(), "device": done.device, "seconds": done.seconds}
     if (found := done.outcome) is None:
         best = known.get(done.problem)

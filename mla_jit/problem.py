@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from mla_jit import dtypes
 from mla_jit.errors import InvalidInput
@@ -41,16 +41,22 @@ def _check(ok: bool, message: str) -> None:
 class Problem:
     """Base of every op's problem; `op` names the op, `fields()` its columns.
 
-    HARD: fields in which a row of the tuning database must be equal to say anything of a problem; SOFT: in which it had
-    better be. The sizes are in neither. LENGTHS: fields that say how long, with their values where that does not count.
-    TUNED: whether it has rows there.
+    What a tuner asks of it. TUNED: whether it has rows in the tuning database. HARD: fields in which a row must be
+    equal to say anything of a problem; SOFT: in which it had better be. The sizes are in neither. FIXED: of the axes of
+    `shape` those that a row had better have in common; between the others it may lie anywhere. LENGTHS: fields that say
+    how long, with their values where that does not count; KIN: these, and the others in which problems may differ that
+    take the same kernels. SLOTTED: whether a config says how a sequence is cut. DATA: what `data_bytes` counts.
     """
 
     op: str = ""
     TUNED: ClassVar[bool] = True
     HARD: ClassVar[tuple[str, ...]] = ("op",)
     SOFT: ClassVar[tuple[str, ...]] = ()
+    FIXED: ClassVar[tuple[str, ...]] = ("num_heads",)
     LENGTHS: ClassVar[Mapping[str, Any]] = {"max_kv_len": 0, "total_kv": None}
+    KIN: ClassVar[Mapping[str, Any]] = {**LENGTHS, "batch": 0}
+    SLOTTED: ClassVar[bool] = False
+    DATA: ClassVar[str] = "data"
 
     def fields(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -117,7 +123,11 @@ class DecodeProblem(Problem):
         "page_size", "paging", "has_lens", "ragged", "causal", "soft_cap", "sinks", "lse", "q_split", "q_scale",
         "kv_scale", "misaligned", "flat_pages", "index64", "scheduler", "planned", "mix",
     )  # fmt: skip
+    FIXED: ClassVar[tuple[str, ...]] = ("num_heads", "q_len")  # rows decide between kernels
     LENGTHS: ClassVar[Mapping[str, Any]] = {**Problem.LENGTHS, "mix": MIXES[0]}
+    KIN: ClassVar[Mapping[str, Any]] = {**LENGTHS, "batch": 0}
+    SLOTTED: ClassVar[bool] = True
+    DATA: ClassVar[str] = "cache"
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -165,6 +175,53 @@ class DecodeProblem(Problem):
     def head_dim(self) -> int:
         return self.kv_lora_rank + self.rope_dim
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """By what a lookup finds neighbours: batch, heads, query tokens, and the bucket of the length bound."""
+        return self.batch, self.num_heads, self.q_len, bucket(self.max_kv_len)
+
+    @property
+    def means(self) -> tuple[int | None, ...]:
+        """(bucket of the mean length,) where total_kv makes it less than the bound's; (None,): all are as long."""
+        if self.total_kv is None:
+            return (None,)
+        mean = max(1, bucket(-(-self.total_kv // max(1, self.batch))))
+        return (mean if mean < bucket(self.max_kv_len) else None,)
+
+    @property
+    def tokens(self) -> int:
+        """Cached tokens of all sequences when it is timed: the bound of each, or the given total."""
+        most = self.max_kv_len * self.batch
+        return most if self.total_kv is None else min(self.total_kv, most)
+
+    @property
+    def data_bytes(self) -> int:
+        """Of these tokens in the latent cache."""
+        return self.tokens * self.num_kv_heads * self.head_dim * dtypes.DTYPES[self.kv_dtype].bytes
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.tokens * self.num_heads * self.q_len * (self.head_dim + self.kv_lora_rank)
+
+    @property
+    def spread(self) -> str:
+        """How its lengths are distributed, in a word."""
+        return "even" if self.total_kv is None else self.mix
+
+    @property
+    def kind(self) -> str:
+        """What it is but for its sizes, in a few words."""
+        dims = f"{self.kv_lora_rank}+{self.rope_dim}"
+        return f"{self.num_heads} heads × {dims}, {self.q_dtype}×{self.kv_dtype}, page {self.page_size}"
+
+    @property
+    def label(self) -> str:
+        """A shape in a few words: heads, batch, length, and what is not usual."""
+        more = [] if self.total_kv is None else [self.mix]
+        more += [] if self.q_len == 1 else [f"q_len {self.q_len}"]
+        more += _dtypes_unlike_bf16(self.q_dtype, self.kv_dtype)
+        return ", ".join([f"{self.num_heads} heads × {self.batch} × {self.max_kv_len}", *more])
+
     def __str__(self) -> str:
         length = f"kv<={self.max_kv_len}"
         q = f"q_len {self.q_len}{' ragged' if self.ragged else ''}"
@@ -172,6 +229,10 @@ class DecodeProblem(Problem):
             f"decode {self.num_heads} heads/{self.num_kv_heads} × {self.kv_lora_rank}+{self.rope_dim}, "
             f"{self.q_dtype}×{self.kv_dtype}, page {self.page_size}, batch {self.batch}, {q}, {length}"
         )
+
+
+def _dtypes_unlike_bf16(q: str, kv: str) -> list[str]:
+    return [] if (q, kv) == ("bf16", "bf16") else [f"{q}×{kv}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +273,14 @@ class PrefillProblem(Problem):
     total_kv: int | None = None
     hinted: bool = False
     scheduler: str = "auto"
-    HARD: ClassVar[tuple[str, ...]] = ("op", "qk_dim", "v_dim", "q_dtype", "kv_dtype", "out_dtype", "causal")
-    SOFT: ClassVar[tuple[str, ...]] = (
-        "num_kv_heads", "soft_cap", "lse", "q_scale", "k_scale", "v_scale", "misaligned", "token_major", "index64",
-        "total_q", "scheduler",
+    HARD: ClassVar[tuple[str, ...]] = (
+        "op", "num_heads", "num_kv_heads", "qk_dim", "v_dim", "q_dtype", "kv_dtype", "out_dtype", "causal",
     )  # fmt: skip
+    SOFT: ClassVar[tuple[str, ...]] = (
+        "soft_cap", "lse", "q_scale", "k_scale", "v_scale", "misaligned", "token_major", "index64", "scheduler",
+    )  # fmt: skip
+    KIN: ClassVar[Mapping[str, Any]] = {**Problem.KIN, "q_len": 0, "total_q": 0}
+    DATA: ClassVar[str] = "prompt"
 
     def __post_init__(self) -> None:
         _check(self.num_heads >= 1, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -260,12 +324,81 @@ class PrefillProblem(Problem):
         below = kv_len - min(q_len, kv_len)  # keys that all queries see
         return self.batch * min(q_len, kv_len) * (below + (kv_len - below + 1) / 2)
 
+    @staticmethod
+    def sizes(batch: int, q_len: int, kv_len: int) -> dict[str, Any]:
+        """The fields that say how large, of as long sequences whose length the host knows; rounded as a call's are."""
+        return {
+            "batch": batch, "q_len": rounded(q_len), "total_q": rounded(batch * q_len), "max_kv_len": bucket(kv_len),
+            "total_kv": bucket(batch * kv_len), "hinted": True,
+        }  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """By what a lookup finds neighbours: batch, heads, the longest q, and the bucket of the longest keys.
+
+        Where the call did not tell it (max_kv_len is all rows of K), these are as long as the longest q, or the mean.
+        """
+        kv_len = bucket(self.max_kv_len)
+        if not self.hinted:
+            kv_len = min(kv_len, max(bucket(self.q_len), bucket(-(-self.keys // max(1, self.batch)))))
+        return self.batch, self.num_heads, self.q_len, kv_len
+
+    @property
+    def means(self) -> tuple[int | None, ...]:
+        """(of the keys, of q): mean lengths, rounded as the bounds are; None where all are as long as the bound."""
+        keys, q = (-(-total // max(1, self.batch)) for total in (self.keys, self.total_q))
+        found = max(1, bucket(keys)), max(1, rounded(q))
+        return tuple(
+            mean if mean < bound else None for mean, bound in zip(found, (self.shape[3], self.q_len), strict=True)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens of all sequences."""
+        return self.total_q
+
+    @property
+    def data_bytes(self) -> int:
+        """Of q, K, V and the output."""
+        q, kv, out = (dtypes.DTYPES[name].bytes for name in (self.q_dtype, self.kv_dtype, self.out_dtype))
+        a_query = self.num_heads * (self.qk_dim * q + self.v_dim * out)
+        return self.total_q * a_query + self.keys * self.num_kv_heads * (self.qk_dim + self.v_dim) * kv
+
+    @property
+    def flops(self) -> int:
+        """Of the pairs that count."""
+        return int(2 * self.pairs * self.num_heads * (self.qk_dim + self.v_dim))
+
+    @property
+    def spread(self) -> str:
+        """How its lengths are distributed, in a word."""
+        return "even" if self.means == (None, None) else "uneven"
+
+    @property
+    def kind(self) -> str:
+        """What it is but for its sizes, in a few words."""
+        shared = "" if self.gqa_ratio == 1 else f"/{self.num_kv_heads}"
+        dims = f"{self.num_heads}{shared} heads × {self.qk_dim}/{self.v_dim}"
+        return f"prompts, {dims}, {self.q_dtype}×{self.kv_dtype}, {'causal' if self.causal else 'full'}"
+
+    @property
+    def label(self) -> str:
+        """A shape in a few words: heads, batch, longest keys, and what is not usual."""
+        more = [] if self.spread == "even" else [self.spread]
+        more += [] if bucket(self.q_len) == self.max_kv_len else [f"q_len {self.q_len}"]
+        more += [] if self.causal else ["full"]
+        more += _dtypes_unlike_bf16(self.q_dtype, self.kv_dtype)
+        return ", ".join([f"prompt {self.num_heads} heads × {self.batch} × {self.max_kv_len}", *more])
+
     def __str__(self) -> str:
         return (
             f"prefill {self.num_heads} heads/{self.num_kv_heads} × {self.qk_dim}/{self.v_dim}, "
             f"{self.q_dtype}×{self.kv_dtype}{', causal' if self.causal else ''}, batch {self.batch}, "
             f"q_len<={self.q_len} of {self.total_q}, kv<={self.max_kv_len} of {self.keys}"
         )
+
+
+Tunable: TypeAlias = DecodeProblem | PrefillProblem  # what has rows in the tuning database
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,8 @@ class _Tuner:
         device = _device_of(target)
         wanted = shapes(problem, _room_bytes(device))
         if not wanted:
-            self._say("memory", f"{problem} is not tuned: its cache does not fit {device} beside what is there")
+            what = problem.DATA
+            self._say("memory", f"{problem} is not tuned: its {what} does not fit {device} beside what is there")
             return
         if self._store is None:
             self._store = Store(user_path())
@@ -200,15 +201,15 @@ class _Tuner:
 def shapes(problem: Any, room_bytes: int) -> list[Any]:
     """The shapes to tune for a problem, shortest first: its hints, or else the lengths that its capacity may stand for.
 
-    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits. A prompt's
-    rows are what there is, so it has one shape.
+    Without hints the longest is halved until its cache fits into `room_bytes`. Empty where nothing fits. A prompt
+    has one shape: that with the longest keys that a lookup takes it to have.
     """
 
     def fits(shape: Any) -> bool:
-        return sweep.cache_bytes(shape) <= room_bytes
+        return bool(shape.data_bytes <= room_bytes)
 
     if isinstance(problem, PrefillProblem):
-        problem = dataclasses.replace(problem, hinted=True)
+        problem = dataclasses.replace(problem, hinted=True, max_kv_len=problem.shape[3])  # as a lookup takes it
     if problem.hinted:
         return [problem] if fits(problem) else []
     longest = dataclasses.replace(problem, hinted=True)

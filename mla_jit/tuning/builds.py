@@ -14,7 +14,7 @@ from mla_jit.compile.artifact import Source
 from mla_jit.compile.farm import Farm
 from mla_jit.config import Config
 from mla_jit.errors import MlaJitError
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning.candidate import fault_of
 from mla_jit.tuning.rows import Measurement
@@ -27,13 +27,13 @@ class Builds:
         self._target = target
         self._farm = Farm(jobs)
 
-    def start(self, problem: DecodeProblem, configs: Iterable[Config], *, idle: int = 0) -> None:
+    def start(self, problem: Tunable, configs: Iterable[Config], *, idle: int = 0) -> None:
         """Begins with the kernels of these configs; `idle`: as Farm has it."""
         for config in configs:
             for source in self._sources(problem, config):
                 self._farm.submit(source, idle=idle)
 
-    def ready(self, problem: DecodeProblem, configs: Sequence[Config], seconds: float) -> Iterator[Config]:
+    def ready(self, problem: Tunable, configs: Sequence[Config], seconds: float) -> Iterator[Config]:
         """The configs, each when its kernels are compiled or refused; after `seconds` those that are left."""
         deadline = time.monotonic() + seconds
         waiting = {c: [self._farm.submit(source) for source in self._sources(problem, c)] for c in configs}
@@ -46,7 +46,7 @@ class Builds:
                 yield from waiting
                 return
 
-    def fault(self, problem: DecodeProblem, config: Config) -> Measurement | None:
+    def fault(self, problem: Tunable, config: Config) -> Measurement | None:
         """How the candidate ends, where a kernel of it was refused; None where all are compiled, or not asked for."""
         for source in self._sources(problem, config):
             kernel = self._farm.get(source)
@@ -57,7 +57,7 @@ class Builds:
                 return Measurement(fault.status, note=" ".join(fault.note.split())[:500], source_hash=source.key[:16])
         return None
 
-    def _sources(self, problem: DecodeProblem, config: Config) -> tuple[Source, ...]:
+    def _sources(self, problem: Tunable, config: Config) -> tuple[Source, ...]:
         variant = next((v for v in ops.variants(problem.op) if v.name == config.variant), None)
         return () if variant is None or variant.host else variant.sources(problem, self._target, config)
 

@@ -17,7 +17,7 @@ from mla_jit import ops, plan, target
 from mla_jit.config import Config
 from mla_jit.errors import CompileError, CompilerAborted, IllegalArtifact, InvalidInput
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning.prompts import PrefillStand
 from mla_jit.tuning.rows import OK, Measurement
@@ -27,9 +27,10 @@ POLICY = (
     "v1: µs a call, median and max - min over rounds. A round replays, for the window, one CUDA graph of a call on "
     "each of the input sets, whose KV together exceeds 240 MiB (host variants: calls timed by perf_counter, sets "
     "beyond 4 × L2). Every sequence has max_kv_len tokens, or, with total_kv, lengths of its mix with that sum; the "
-    "table has the capacity's width. Timed only after a check against the float64 reference"
+    "table has the capacity's width; prompts are as even as their totals allow. Timed only after a check against the "
+    "float64 reference"
 )
-Timer = Callable[[DecodeProblem, Config, int], Sequence[float]]  # (problem, config, rounds) -> µs a call, by round
+Timer = Callable[[Tunable, Config, int], Sequence[float]]  # (problem, config, rounds) -> µs a call, by round
 
 ILLEGAL = re.compile(
     r"illegal (memory access|address|instruction)|misaligned address|invalid (address space|program counter)|"
@@ -50,7 +51,7 @@ def _quiet(phase: str, **found: Any) -> None:
 
 
 def run_candidate(
-    problem: DecodeProblem, config: Config, device: str, rounds: int, window_ms: float, *, timer: Timer | None = None,
+    problem: Tunable, config: Config, device: str, rounds: int, window_ms: float, *, timer: Timer | None = None,
     known: Mapping[str, Sequence[str]] | None = None, say: Callable[..., None] = _quiet,
 ) -> Measurement:  # fmt: skip
     """Builds, checks and times a candidate in this process, on "cpu", "cuda:0" or, to be timed by `timer`, "null:0".
@@ -64,7 +65,7 @@ def run_candidate(
 
 
 def attempt(
-    problem: DecodeProblem, config: Config, device: str, rounds: int, window_ms: float, timer: Timer | None,
+    problem: Tunable, config: Config, device: str, rounds: int, window_ms: float, timer: Timer | None,
     known: Mapping[str, Sequence[str]], say: Callable[..., None],
 ) -> tuple[Measurement, bool]:  # fmt: skip
     """(measurement, whether the process is in doubt after it)."""
@@ -85,7 +86,7 @@ def attempt(
 
 
 def _figures(
-    problem: DecodeProblem, config: Config, device: str, rounds: int, window_ms: float, timer: Timer | None,
+    problem: Tunable, config: Config, device: str, rounds: int, window_ms: float, timer: Timer | None,
     known: Mapping[str, Sequence[str]], enter: Callable[..., None], found: dict[str, Any],
 ) -> Sequence[float]:  # fmt: skip
     """µs a call, by round. Raises Fault, or whatever the candidate raises."""
@@ -130,14 +131,14 @@ def place_of(device: str) -> Target:
     return target.here() if kind == "null" else target.of_device(kind, int(index or 0))
 
 
-def _source_hash(variant: Variant, problem: DecodeProblem, where: Target, config: Config) -> str:
+def _source_hash(variant: Variant, problem: Tunable, where: Target, config: Config) -> str:
     if variant.host is not None:
         text = f"{variant.name} {variant.revision} {config.to_json()}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
     return variant.sources(problem, where, config)[0].key[:16]
 
 
-def quarantine_keys(source_hash: str, problem: DecodeProblem, config: Config) -> tuple[str, str]:
+def quarantine_keys(source_hash: str, problem: Tunable, config: Config) -> tuple[str, str]:
     """Under which a fault is remembered: of the code, whatever the sizes; and of these sizes with this config alone."""
     text = json.dumps(problem.fields(), sort_keys=True) + config.to_json()
     return source_hash, f"{source_hash} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -174,10 +175,11 @@ def _sound(device: str) -> bool:
     return True
 
 
+_STANDS: dict[str, Callable[..., Stand]] = {"decode": DecodeStand, "prefill": PrefillStand}  # by op
 _kept: dict[Any, Stand] = {}  # at most one: a problem's candidates come one after the other
 
 
-def _stand(problem: DecodeProblem, where: Target, device: str) -> Stand:
+def _stand(problem: Tunable, where: Target, device: str) -> Stand:
     """The problem's stand. Raises Fault, without a doubt about the process, where its tensors do not fit."""
     key = problem, where, device
     if key in _kept:
@@ -188,8 +190,7 @@ def _stand(problem: DecodeProblem, where: Target, device: str) -> Stand:
 
         torch.cuda.empty_cache()
     try:
-        made: Any = DecodeStand if problem.op == "decode" else PrefillStand
-        return _kept.setdefault(key, made(problem, where, device))
+        return _kept.setdefault(key, _STANDS[problem.op](problem, where, device))
     except Exception as error:
         fault = fault_of(error)
         if fault.status != "out_of_memory":

@@ -20,7 +20,7 @@ from pathlib import Path
 from mla_jit import ops
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning import lookup, shipped, store, sweep
 from mla_jit.tuning.rows import OK, PROVENANCES, Measurement, Trial, slug
@@ -129,7 +129,7 @@ def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
     newest: dict[str, int] = {}
     for trial in trials:
         newest[trial.variant] = max(trial.revision, newest.get(trial.variant, 0))
-    families: dict[tuple[object, ...], dict[tuple[DecodeProblem, Config], Trial]] = {}
+    families: dict[tuple[object, ...], dict[tuple[Tunable, Config], Trial]] = {}
     for trial in trials:
         if trial.effort == sweep.LAST and trial.revision == newest[trial.variant] and trial.provenance != _PREDICTED:
             problem = dataclasses.replace(trial.problem, **trial.problem.LENGTHS)
@@ -191,7 +191,7 @@ def _foreign(trial: Trial) -> Trial:
 
 # ----------------------------------------------------------------------------------------------------------- comparing
 
-_Key = tuple[DecodeProblem, str, str]
+_Key = tuple[Tunable, str, str]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ nor triton.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from mla_jit.compile.artifact import Artifact
 from mla_jit.config import Config
@@ -35,7 +36,7 @@ _SPILL = 1000.0  # bytes a thread that cost as much again as the work itself
 
 
 def predicted_us(
-    problem: DecodeProblem, target: Target, variant: Variant, config: Config, artifact: Artifact | None = None
+    problem: Any, target: Target, variant: Variant, config: Config, artifact: Artifact | None = None
 ) -> float:
     """The time of one call at the length bound, µs. Variants that are no split-K kernel say it by their own `cost`.
 

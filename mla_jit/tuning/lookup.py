@@ -20,7 +20,7 @@ from typing import Any
 from mla_jit.compile import layers
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, StoreError
-from mla_jit.problem import Problem, bucket
+from mla_jit.problem import Problem
 from mla_jit.target import Target
 from mla_jit.tuning import shipped
 from mla_jit.tuning.rows import OK, PROVENANCES, Trial, preferred, simplest
@@ -33,6 +33,7 @@ _MIX = "mix"  # a soft field: a call does not know its own, it asks for the defa
 _NEAR = 8  # rows from which an answer for other sizes is made
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
+_MEANS = ("mean length", "mean q_len")  # of a cell's lengths
 _getter = functools.cache(attrgetter)  # of these fields
 
 Shape = tuple[int, ...]
@@ -83,38 +84,47 @@ class _Cell:
 
     shape: Shape
     soft: tuple[Any, ...]
-    mean: int | None  # bucket of the mean length, where total_kv makes it less than kv; None: all as long as the bound
+    means: tuple[int | None, ...]  # mean lengths, of the keys first; None: all as long as the bound
     wish: int | None  # num_kv_splits
     names: tuple[str, ...]  # of the soft fields
+    fixed: tuple[int, ...]  # places in the shape of the axes that decide between kernels
     rows: tuple[_Row, ...] = ()
 
     @classmethod
     def of(cls, problem: Any) -> _Cell:
         """The empty cell of a problem."""
-        shape = problem.batch, problem.num_heads, problem.q_len, bucket(problem.max_kv_len)
-        mean = None
-        if problem.total_kv is not None:
-            mean = max(1, bucket(-(-problem.total_kv // max(1, problem.batch))))
-        mean = mean if mean is not None and mean < shape[3] else None
-        return cls(shape, _soft(problem), mean, getattr(problem, "num_kv_splits", None), type(problem).SOFT)
+        kind = type(problem)
+        fixed = tuple(_AXES.index(name) for name in kind.FIXED)
+        wish = getattr(problem, "num_kv_splits", None)
+        return cls(problem.shape, _soft(problem), problem.means, wish, kind.SOFT, fixed)
 
     @property
     def length(self) -> int:
-        """The mean length, tokens."""
-        return self.shape[3] if self.mean is None else self.mean
+        """The mean length of the keys, tokens."""
+        return self.lengths[0]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Mean lengths: of the keys and, where the problem tells it, of q."""
+        bounds = self.shape[3], self.shape[2]
+        return tuple(b if mean is None else mean for mean, b in zip(self.means, bounds, strict=False))
+
+    @property
+    def fixed_sizes(self) -> tuple[int, ...]:
+        return tuple(self.shape[i] for i in self.fixed)
 
     def lengths_of(self, asked: _Cell, shape: Shape) -> _Cell:
         """The empty cell of this shape with the mean length, and the mix of lengths, that are asked for."""
         pairs = zip(self.names, self.soft, asked.soft, strict=True)
         soft = tuple(wanted if name == _MIX else has for name, has, wanted in pairs)
-        return dataclasses.replace(self, shape=shape, soft=soft, mean=asked.mean, rows=())
+        return dataclasses.replace(self, shape=shape, soft=soft, means=asked.means, rows=())
 
     def differences(self, asked: _Cell) -> tuple[int, float]:
         """In how many soft fields, hints and wishes it is another than what is asked for, and how far off in length."""
         count = sum(map(ne, self.soft, asked.soft)) + (self.wish != asked.wish)
-        if self.mean == asked.mean:
+        if self.means == asked.means:
             return count, 0.0
-        return count + 1, _distance((self.length,), (asked.length,))
+        return count + 1, _distance(self.lengths, asked.lengths)
 
     def exactly(self, asked: _Cell) -> bool:
         return self.shape == asked.shape and not self.differences(asked)[0]
@@ -123,8 +133,8 @@ class _Cell:
         """The differences, one after the other: "batch 64 for 48, page_size 64 for 16"."""
         pairs: list[tuple[str, Any, Any]] = [*zip(_AXES, self.shape, asked.shape, strict=True)]
         pairs += zip(self.names, self.soft, asked.soft, strict=True)
-        if self.mean != asked.mean:
-            pairs.append(("mean length", self.length, asked.length))
+        if self.means != asked.means:
+            pairs += zip(_MEANS, self.lengths, asked.lengths, strict=False)
         pairs.append(("num_kv_splits", self.wish, asked.wish))
         return ", ".join(f"{name} {has} for {wanted}" for name, has, wanted in pairs if has != wanted)
 
@@ -146,7 +156,7 @@ class _Pool:
             cells.setdefault(_Cell.of(problem), []).extend(group)
         self.cells = [  # in an order that does not depend on the rows'
             dataclasses.replace(cell, rows=tuple(_ranked(cells[cell])))
-            for cell in sorted(cells, key=lambda cell: (cell.shape, -(cell.mean or 0), str(cell)))
+            for cell in sorted(cells, key=lambda cell: (cell.shape, *(-(mean or 0) for mean in cell.means), str(cell)))
         ]
         self.shapes: dict[Shape, list[_Cell]] = {}
         for cell in self.cells:
@@ -190,14 +200,15 @@ class _Question:
         return dataclasses.replace(founds[0][0], near=tuple(near[:_NEAR]))
 
     def _alike(self, cells: Iterable[_Cell]) -> Iterator[_Cell]:
-        """Those with as many heads and query tokens; else with the next ones below and above.
+        """Those with as many rows; else with the next ones below and above.
 
-        Rows (heads × query tokens) decide between kernels; batch and length only say how their work is cut.
+        Rows, the product of the fixed axes (heads, and query tokens of decode), decide between kernels; the other sizes
+        only say how their work is cut.
         """
         rows: dict[int, list[_Cell]] = {}
         for cell in self._usable(cells):
-            rows.setdefault(cell.shape[1] * cell.shape[2], []).append(cell)
-        asked = self.asked.shape[1] * self.asked.shape[2]
+            rows.setdefault(math.prod(cell.fixed_sizes), []).append(cell)
+        asked = math.prod(self.asked.fixed_sizes)
         below, above = (n for n in rows if n <= asked), (n for n in rows if n >= asked)
         for n in sorted({max(below, default=0), min(above, default=0)}):
             yield from rows.get(n, ())
@@ -283,23 +294,24 @@ class _Question:
         return (cell for cell in cells if cell.wish in (None, self.asked.wish))
 
     def reachable(self, pool: _Pool) -> Iterator[Config]:
-        """The configs that this question may be answered with for any batch and length, hinted or not."""
-        fixed = self.asked.shape[1:3]
-        if not all(low <= x <= high for x, (low, high) in zip(fixed, pool.range[1:3], strict=True)):
+        """The configs that this question may be answered with for any sizes but the fixed ones, hinted or not."""
+        mine = self.asked.shape
+        if not all(low <= mine[i] <= high for i, (low, high) in enumerate(pool.range) if i in self.asked.fixed):
             return
-        batches: dict[int, list[_Cell]] = {}
+        places: dict[Shape, list[_Cell]] = {}  # by all sizes but the length
         for cell in pool.cells:
-            batches.setdefault(cell.shape[0], []).append(cell)
+            sizes = tuple(mine[i] if i in cell.fixed else size for i, size in enumerate(cell.shape[:3]))
+            places.setdefault(sizes, []).append(cell)
         for cell in self._alike(pool.cells):  # any of them may be near some sizes
             if (found := self._first([cell])) is not None:
                 yield found.config
-        # Of one batch they differ in what is fixed, and in lengths: which is the nearest does not depend on the batch.
-        for batch, rivals in batches.items():
+        # In one place they differ in what is fixed, and in lengths: which is the nearest does not depend on the place.
+        for sizes, rivals in places.items():
             for kv in {cell.shape[3] for cell in rivals}:
                 cells = [cell for cell in rivals if cell.shape[3] == kv]
-                asked = dataclasses.replace(self.asked, shape=(batch, *fixed, kv))
-                for mean in {None, *(cell.mean for cell in cells)}:
-                    hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, mean=mean))
+                asked = dataclasses.replace(self.asked, shape=(*sizes, kv))
+                for means in {(None,) * len(asked.means), *(cell.means for cell in cells)}:
+                    hinted = dataclasses.replace(self, asked=dataclasses.replace(asked, means=means))
                     if (found := hinted._among(cells)) is not None:
                         yield found.config
                 unhinted = dataclasses.replace(self, asked=asked)
@@ -382,13 +394,13 @@ def lookup(
 def configs(
     problem: Problem, target: Target, legal: Legal, revisions: Mapping[str, int], toolchain: str
 ) -> tuple[Config, ...]:  # fmt: skip
-    """The configs that `lookup` may give for the problem in any batch and length, hinted or not: what to compile ahead.
+    """The configs that `lookup` may give for the problem in any sizes but the fixed ones: what to compile ahead.
 
-    Memoised for the problem without its batch and length; `legal` is asked for the first of them.
+    Hinted or not. Memoised for the problem without these sizes; `legal` is asked for the first of them.
     """
     question = _Question(_Cell.of(problem), legal, revisions, toolchain)
     index, asked = _index(target, problem), question.asked
-    kind = asked.soft, asked.wish, asked.shape[1:3], toolchain, tuple(sorted(revisions.items()))
+    kind = asked.soft, asked.wish, asked.fixed_sizes, toolchain, tuple(sorted(revisions.items()))
     if kind not in index.reachable:
         found = {config for pool in index.pools for config in question.reachable(pool)}
         index.reachable[kind] = tuple(sorted(found, key=lambda config: (config.variant, *simplest(config))))

@@ -23,7 +23,7 @@ from mla_jit import settings
 from mla_jit.compile import layers
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, MlaJitError
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.tuning.candidate import quarantine_keys
 from mla_jit.tuning.rows import FAULTS, Measurement
 from mla_jit.tuning.worker import Reply, Worker
@@ -55,7 +55,7 @@ class _Quarantine:
                     self._size = size
             return dict(self._faults)
 
-    def add(self, key: str, problem: DecodeProblem, config: Config, device: str, measurement: Measurement) -> None:
+    def add(self, key: str, problem: Tunable, config: Config, device: str, measurement: Measurement) -> None:
         fault = {"key": key, "status": measurement.status, "note": measurement.note, "device": device}
         fault |= {"problem": str(problem), "config": str(config)}
         with self._lock:
@@ -149,7 +149,7 @@ class Pool:
     def devices(self) -> tuple[str, ...]:
         return tuple(self._slots)
 
-    def measure(self, device: str, problem: DecodeProblem, config: Config, *, rounds: int = 7, window_ms: float = 3.0,
+    def measure(self, device: str, problem: Tunable, config: Config, *, rounds: int = 7, window_ms: float = 3.0,
                 timeout_s: float = 60.0) -> Measurement:  # fmt: skip
         """Measures a candidate on a device of the pool and blocks until it is; threads may ask at once.
 
@@ -218,7 +218,7 @@ class Pool:
         environment |= {"CUDA_VISIBLE_DEVICES": visible, "HIP_VISIBLE_DEVICES": visible}
         return {"device": "cuda:0" if kind == "cuda" else device, **self._hooks}, environment
 
-    def _remember(self, problem: DecodeProblem, config: Config, device: str, reply: Reply) -> None:
+    def _remember(self, problem: Tunable, config: Config, device: str, reply: Reply) -> None:
         found = reply.measurement
         if found.source_hash and reply.phase != "preparing":
             of_code, of_sizes = quarantine_keys(found.source_hash, problem, config)

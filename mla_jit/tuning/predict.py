@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mla_jit import ahead, ops, plan, settings
 from mla_jit.compile.artifact import Artifact, Source
@@ -160,7 +161,7 @@ class _Search:
         self.target, self.margin, self.kernels = target, margin, kernels
         self.variants = {variant.name: variant for variant in ops.variants("decode")}
         self.doubts = list(_doubted(target))
-        self.without: dict[DecodeProblem, str] = {}
+        self.without: dict[Any, str] = {}  # by DecodeProblem
         self.served: dict[tuple[DecodeProblem, Config], float] = {}
 
     def us(self, problem: DecodeProblem, config: Config, kernel: Artifact | None, target: Target) -> float:

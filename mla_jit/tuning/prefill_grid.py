@@ -66,7 +66,8 @@ EQUAL = Prompt((round(math.sqrt(sum(n * n for n in UNEVEN.lens) / 24)),) * 24, 1
 class PromptRow:
     """A shape, in µs: ours (median, least and largest of the runs) and cuDNN's, None where it has none; TFLOP/s.
 
-    error: relative L2 error of the worst sampled row of all runs. `score` is cuDNN's time ÷ ours.
+    error: relative L2 error of the worst sampled row of all runs. provenance: of the config, as `Dispatch` has it.
+    `score` is cuDNN's time ÷ ours.
     """
 
     shape: str
@@ -78,6 +79,7 @@ class PromptRow:
     cudnn_us: float | None
     cudnn_tflops: float | None
     error: float
+    provenance: str = ""
 
     @property
     def score(self) -> float | None:
@@ -89,10 +91,10 @@ def rows(
 ) -> Iterator[PromptRow]:  # fmt: skip
     """Our prefill, `runs` times each on fresh inputs, cuDNN alternated. MlaJitError for a wrong row."""
     for shape in shapes:
-        ours, theirs, errors, variant = [], [], [], ""
+        ours, theirs, errors, variant, whence = [], [], [], "", ""
         for seed in range(runs):
             found = measured(shape, seed, device)
-            times, variant = found.times_us, found.variant
+            times, variant, whence = found.times_us, found.variant, found.provenance
             ours.append(times["mla_jit"])
             errors.append(found.error)
             if "cudnn" in times:
@@ -100,17 +102,18 @@ def rows(
         us, peer = statistics.median(ours), statistics.median(theirs) if theirs else None
         yield PromptRow(
             str(shape), variant, us, min(ours), max(ours), shape.flops / us * 1e-6, peer,
-            None if peer is None else shape.flops / peer * 1e-6, max(errors),
+            None if peer is None else shape.flops / peer * 1e-6, max(errors), whence,
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run: µs by "mla_jit" and, for equal lengths, "cudnn"; the worst sampled error; what served."""
+    """Of one run: µs by "mla_jit" and, for equal lengths, "cudnn"; the worst sampled error; what served, from where."""
 
     times_us: dict[str, float]
     error: float
     variant: str
+    provenance: str = ""
 
 
 def measured(shape: Prompt, seed: int, device: str, rounds: int = 7) -> Measured:
@@ -140,7 +143,8 @@ def measured(shape: Prompt, seed: int, device: str, rounds: int = 7) -> Measured
     calls: dict[str, Call] = {"mla_jit": ours}
     if shape.even and (peer := cudnn(shape, q, k, v, scale)) is not None:
         calls["cudnn"] = peer
-    return Measured(_alternated(calls, rounds), error, dispatch.variant if dispatch is not None else "")
+    served = ("", "") if dispatch is None else (dispatch.variant, dispatch.provenance)
+    return Measured(_alternated(calls, rounds), error, *served)
 
 
 def worst_error(

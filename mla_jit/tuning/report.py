@@ -21,9 +21,8 @@ from xml.etree import ElementTree as ET
 
 from mla_jit import __version__, plan
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
 from mla_jit.errors import NoVariant
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning.rows import FAULTS, NOISE, OK, Trial
 
@@ -41,7 +40,8 @@ _LINE = 0.36  # of the plot of gains, inches a shape
 _ENOUGH = 6  # measured configs, in two cells at least, that make a heat map
 _TOKENS = ((12, "≤ 4 Ki"), (15, "≤ 32 Ki"), (18, "≤ 256 Ki"), (21, "≤ 2 Mi"), (99, "more"))  # log2, and the legend
 _ALWAYS = ("num_heads", "batch", "max_kv_len")  # in every label
-_WORDS = {"num_heads": "{} heads", "max_kv_len": "kv {}", "kv_dtype": "cache {}"}  # of fields, if not "name value"
+# of fields, if not "name value"
+_WORDS = {"op": "{}", "num_heads": "{} heads", "max_kv_len": "kv {}", "kv_dtype": "cache {}"}
 
 # Colours of the plots are CSS variables of the page, which has them for light and for dark. Matplotlib is given a
 # stand-in for each; `_svg` puts the variable in its place.
@@ -86,7 +86,7 @@ def html(trials: Iterable[Trial], best: Iterable[Trial], targets: Mapping[str, T
 class Shape:
     """A problem on a device, and what its trials say of it. `row` is its target's, None where there is none by now."""
 
-    problem: DecodeProblem
+    problem: Tunable
     target: str
     device: str
     row: Target | None
@@ -94,7 +94,7 @@ class Shape:
     best: Trial | None
 
     @property
-    def key(self) -> tuple[DecodeProblem, str, str]:
+    def key(self) -> tuple[Tunable, str, str]:
         return self.problem, self.target, self.device
 
     @cached_property
@@ -165,20 +165,17 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences as they were timed: the bound of each, or the given total."""
-        p = self.problem
-        most = p.max_kv_len * p.batch
-        return most if p.total_kv is None else min(p.total_kv, most)
+        """Of all sequences as they were timed: cached ones of decode, query tokens of prompts."""
+        return self.problem.tokens
 
     @property
     def bytes(self) -> int:
-        """The cache, read once."""
-        return self.tokens * self.problem.num_kv_heads * self.problem.head_dim * DTYPES[self.problem.kv_dtype].bytes
+        """The cache, read once; q, K, V and output of prompts."""
+        return self.problem.data_bytes
 
     @property
     def flops(self) -> int:
-        p = self.problem
-        return 2 * self.tokens * p.num_heads * p.q_len * (p.head_dim + p.kv_lora_rank)
+        return self.problem.flops
 
     @property
     def tflops(self) -> float | None:
@@ -196,7 +193,7 @@ class Shape:
 
 def shapes(trials: Sequence[Trial], best: Iterable[Trial], targets: Mapping[str, Target]) -> list[Shape]:
     """The trials by problem and device, sorted; a shape of which nothing ran has no best."""
-    groups: dict[tuple[DecodeProblem, str, str], list[Trial]] = {}
+    groups: dict[tuple[Tunable, str, str], list[Trial]] = {}
     for trial in trials:
         groups.setdefault((trial.problem, trial.target, trial.device), []).append(trial)
     winners = {(trial.problem, trial.target, trial.device): trial for trial in best}
@@ -206,18 +203,20 @@ def shapes(trials: Sequence[Trial], best: Iterable[Trial], targets: Mapping[str,
     return sorted(found, key=lambda s: (s.device, s.target, *_sizes(s.problem), str(s.problem.fields())))
 
 
-def _sizes(p: DecodeProblem) -> tuple[Any, ...]:
+def _sizes(p: Tunable) -> tuple[Any, ...]:
     return p.op, p.q_dtype, p.kv_dtype, p.num_heads, p.q_len, p.batch, p.max_kv_len
 
 
-def _labels(problems: Sequence[DecodeProblem]) -> tuple[dict[DecodeProblem, str], str]:
+def _labels(problems: Sequence[Tunable]) -> tuple[dict[Tunable, str], str]:
     """A short name of each problem, different for different ones, and what all have in common."""
     fields = {problem: problem.fields() for problem in problems}
-    names = list(next(iter(fields.values()), {}))
-    varying = [name for name in names if len({f[name] for f in fields.values()}) > 1 and name not in _ALWAYS]
-    labels = {p: " · ".join(_words(name, f[name]) for name in (*_ALWAYS, *varying)) for p, f in fields.items()}
+    names = list(dict.fromkeys(name for f in fields.values() for name in f))  # of several ops: not all have each
+    varying = [name for name in names if len({f.get(name) for f in fields.values()}) > 1 and name not in _ALWAYS]
+    labels = {
+        p: " · ".join(_words(name, f[name]) for name in (*_ALWAYS, *varying) if name in f) for p, f in fields.items()
+    }
     first = next(iter(fields.values()), {})
-    same = [name for name in names if name not in (*_ALWAYS, *varying) and first[name] not in (None, False, ())]
+    same = [name for name in names if name not in (*_ALWAYS, *varying) and first.get(name) not in (None, False, ())]
     return labels, ", ".join(_words(name, first[name]) for name in same)
 
 

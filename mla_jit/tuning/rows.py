@@ -12,7 +12,7 @@ from typing import Any
 
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, ReduceProblem
+from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, ReduceProblem, Tunable
 
 OK = "ok"
 # What a candidate may end as beside "ok"; none of these ever wins.
@@ -76,7 +76,7 @@ class Trial:
     `command` what ran it. `note` explains a fault, in one line.
     """
 
-    problem: DecodeProblem
+    problem: Tunable
     config: Config
     target: str
     device: str

@@ -18,8 +18,9 @@ from typing import Any
 
 from mla_jit import models, ops, plan, resources
 from mla_jit.compile.artifact import Source
+from mla_jit.config import Config
 from mla_jit.errors import InvalidInput, MlaJitError, NoVariant
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning import search, sweep
 from mla_jit.tuning.rows import PROBLEMS
@@ -39,7 +40,7 @@ class Shape:
     kernels that no shape before this one has; None where no kernel is compiled, on the CPU.
     """
 
-    problem: DecodeProblem
+    problem: Tunable
     models: tuple[str, ...] = ()
     candidates: int = 0
     kernels: int = 0
@@ -52,7 +53,7 @@ class Shape:
 class LeftOut:
     """A shape that will not be tuned, and why: its cache is too large here, or (`unserved`) nothing can serve it."""
 
-    problem: DecodeProblem
+    problem: Tunable
     reason: str
     unserved: bool = False
 
@@ -69,7 +70,7 @@ class Schedule:
     jobs: int = 1  # kernels compiled at a time
 
     @property
-    def problems(self) -> list[DecodeProblem]:
+    def problems(self) -> list[Tunable]:
         return [shape.problem for shape in self.shapes]
 
     def seconds(self, how: str) -> float | None:
@@ -88,8 +89,12 @@ class Schedule:
     def _command(self) -> str:
         words = ["mla-tune", "plan"]
         for name, value in (self.options or {"model": "MODEL"}).items():
+            flag = "--" + name.replace("_", "-")
+            if isinstance(value, bool):
+                words += [flag] if value else []
+                continue
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-            words += ["--" + name.replace("_", "-"), text] if text else []
+            words += [flag, text] if text else []
         return shlex.join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -146,24 +151,27 @@ def write(schedule: Schedule, path: Path) -> None:
         raise MlaJitError(f"{path} cannot be written: {error.strerror or error}; name another file") from error
 
 
-def shared(wanted: Iterable[tuple[models.Model, int]], target: Target, **axes: Any) -> dict[DecodeProblem, list[str]]:
-    """The problems of (model, tensor-parallel ranks) pairs, as `sweep.shapes` has them, with the pairs of each."""
-    found: dict[DecodeProblem, list[str]] = {}
+def shared(
+    wanted: Iterable[tuple[models.Model, int]], target: Target, *, op: str = "decode", **axes: Any
+) -> dict[Tunable, list[str]]:
+    """The problems of (model, tensor-parallel ranks) pairs, as `sweep.SHAPES` has them, with the pairs of each."""
+    found: dict[Tunable, list[str]] = {}
     for model, tp in dict.fromkeys(wanted):
-        for problem in sweep.shapes([(model, tp)], target, **axes):
+        for problem in sweep.SHAPES[op]([(model, tp)], target, **axes):
             found.setdefault(problem, []).append(f"{model.name} --tp {tp}")
     return found
 
 
 def fitting(
-    problems: Iterable[DecodeProblem], target: Target, memory_bytes: int | None
-) -> tuple[list[DecodeProblem], list[LeftOut]]:
+    problems: Iterable[Tunable], target: Target, memory_bytes: int | None
+) -> tuple[list[Tunable], list[LeftOut]]:
     """Which of the problems can be tuned where so much memory is free for a cache (None: any), and which cannot."""
-    kept: list[DecodeProblem] = []
+    kept: list[Tunable] = []
     left_out: list[LeftOut] = []
     for problem in problems:
-        if memory_bytes is not None and (size := sweep.cache_bytes(problem)) > memory_bytes:
-            reason = f"its cache takes {size / 2**30:.1f} GiB, and there is room for {memory_bytes / 2**30:.1f}"
+        if memory_bytes is not None and (size := problem.data_bytes) > memory_bytes:
+            taken, room = (f"{n / 2**30:.1f}" for n in (size, memory_bytes))
+            reason = f"its {problem.DATA} takes {taken} GiB, and there is room for {room}"
             left_out.append(LeftOut(problem, reason))
             continue
         try:
@@ -178,11 +186,14 @@ def fitting(
 
 def make(
     wanted: Iterable[tuple[models.Model, int]], target: Target, *, options: dict[str, Any] | None = None,
-    memory_bytes: int | None = None, jobs: int | None = None,
+    memory_bytes: int | None = None, jobs: int | None = None, op: str = "decode",
     on_count: Callable[[int, int], None] = lambda counted, of: None, **axes: Any,
 ) -> Schedule:  # fmt: skip
-    """The schedule of a sweep over models; `axes` as for `sweep.shapes`. `jobs`: a kernel a usable CPU if absent."""
-    makers = shared(wanted, target, **axes)
+    """The schedule of a sweep over models; `axes` as for the op's function of `sweep.SHAPES`.
+
+    `jobs`: a kernel a usable CPU if absent.
+    """
+    makers = shared(wanted, target, op=op, **axes)
     kept, left_out = fitting(makers, target, memory_bytes)
     jobs = jobs or len(os.sched_getaffinity(0))
     compiled: dict[str, set[Source]] = {how: set() for how in search.SEARCHES}
@@ -194,7 +205,7 @@ def make(
 
 
 def _counted(
-    problem: DecodeProblem, makers: tuple[str, ...], target: Target, jobs: int, compiled: dict[str, set[Source]]
+    problem: Tunable, makers: tuple[str, ...], target: Target, jobs: int, compiled: dict[str, set[Source]]
 ) -> Shape:  # fmt: skip
     """`compiled` are the first kernels of the shapes before, by search; this one's are added."""
     candidates = sweep.candidates(problem, target)
@@ -205,15 +216,24 @@ def _counted(
         for config in search.kernels(problem, target, candidates)
         if rows[config.variant].host is None
     ]
+    slow_s = [_beyond_s(problem, target, candidates[:1], effort) for effort in (0, sweep.LAST)]
     seconds: dict[str, float] = {}
     for how, count in measured.items():
         # which kernels `auto` comes to want is not known before: so many as it may, of those that are ranked first
         wanted = set(first if count == len(candidates) else first[: _most_kernels(len(first))])
         seconds[f"{how}_s"] = MEASURED_S * count + PLAYOFF_S + COMPILED_S * len(wanted - compiled[how]) / jobs
+        seconds[f"{how}_s"] += slow_s[0] * count + slow_s[1] * search._PASSES * (search._FINALISTS + 1)
         compiled[how] |= wanted
     return Shape(
         problem, makers, len(candidates), len(first), measured["auto"], **(seconds if first else {})
     )  # fmt: skip
+
+
+def _beyond_s(problem: Tunable, target: Target, default: Sequence[Config], effort: int) -> float:
+    """Seconds that a measurement takes longer because a call is longer than the window: a round has one at least."""
+    rounds, window_ms = sweep.EFFORTS[effort]
+    call_ms = min((search._predictor(problem, target)(config) for config in default), default=0.0) * 1e-3
+    return rounds * max(0.0, call_ms - window_ms) * 1e-3
 
 
 def _most_kernels(kernels: int) -> int:
@@ -221,18 +241,10 @@ def _most_kernels(kernels: int) -> int:
     return math.ceil(search._MORE_KERNELS * max(6, math.ceil(search._KERNELS * kernels)))
 
 
-def label(problem: DecodeProblem) -> str:
-    """A shape in a few words: heads, batch, length, and what is not usual."""
-    more = [] if problem.total_kv is None else [problem.mix]
-    more += [] if problem.q_len == 1 else [f"q_len {problem.q_len}"]
-    more += [] if (problem.q_dtype, problem.kv_dtype) == ("bf16", "bf16") else [f"{problem.q_dtype}×{problem.kv_dtype}"]
-    return ", ".join([f"{problem.num_heads} heads × {problem.batch} × {problem.max_kv_len}", *more])
-
-
-def families(shapes: Sequence[Shape]) -> dict[tuple[DecodeProblem, tuple[str, ...]], list[Shape]]:
+def families(shapes: Sequence[Shape]) -> dict[tuple[Tunable, tuple[str, ...]], list[Shape]]:
     """The shapes of the same models that differ in nothing but sizes, in their order; the key has none of these."""
-    found: dict[tuple[DecodeProblem, tuple[str, ...]], list[Shape]] = {}
+    found: dict[tuple[Tunable, tuple[str, ...]], list[Shape]] = {}
     for shape in shapes:
-        like = dataclasses.replace(shape.problem, **shape.problem.LENGTHS, batch=1, q_len=1)
+        like = dataclasses.replace(shape.problem, **{**shape.problem.KIN, "q_len": 0})
         found.setdefault((like, shape.models), []).append(shape)
     return found

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 from mla_jit import ops
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning.heuristic import predicted_us
 from mla_jit.tuning.rows import OK, preferred
@@ -37,7 +37,7 @@ _ALIKE = 0.5  # how alike configs are that differ in one tunable, or by twice th
 _CURIOSITY = 0.12  # how much faster (log) than predicted a config may be of whose like none was measured
 _TRUST = 0.5  # measured likes that weigh as much as the mean of all
 _FAULTY = math.log(8)  # a fault counts as so much slower than predicted, so that its like come later
-_CUT = ("min_tiles", "overhead", "waves")  # how work is cut, beside the splits
+_CUT = ("min_tiles", "overhead", "waves", "per_sm")  # how work is cut, beside the splits
 _NOT_COMPILED = ("num_kv_splits", *_CUT, "combine_s", "combine_h", "combine_d")  # into the first kernel
 
 
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def tune(
-    problem: DecodeProblem, target: Target, candidates: Sequence[Config], measure: Measure, *, budget_s: float,
+    problem: Tunable, target: Target, candidates: Sequence[Config], measure: Measure, *, budget_s: float,
     search: str = "auto", incumbents: Sequence[Config] = (), default: Config | None = None,
     on_event: OnEvent | None = None, clock: Callable[[], float] = time.monotonic,
     rank: Callable[[Config], float] | None = None, done: Mapping[tuple[Config, int], Measurement] | None = None,
@@ -124,12 +124,12 @@ def tune(
     return outcome
 
 
-def first(problem: DecodeProblem, target: Target, candidates: Sequence[Config]) -> list[Config]:
+def first(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
     """With which of the candidates an `auto` search begins, as far as can be said before it: to compile them early."""
     return [*candidates[:1], *_leaders(_ranked(problem, target, candidates))]
 
 
-def kernels(problem: DecodeProblem, target: Target, candidates: Sequence[Config]) -> list[Config]:
+def kernels(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
     """Of each first kernel the config that is ranked first, in the order of the rank."""
     found: dict[Any, Config] = {}
     for config in _ranked(problem, target, candidates):
@@ -137,7 +137,7 @@ def kernels(problem: DecodeProblem, target: Target, candidates: Sequence[Config]
     return list(found.values())
 
 
-def _ranked(problem: DecodeProblem, target: Target, candidates: Iterable[Config]) -> list[Config]:
+def _ranked(problem: Tunable, target: Target, candidates: Iterable[Config]) -> list[Config]:
     predict = _predictor(problem, target)
     return sorted(candidates, key=lambda c: (predict(c), c.to_json()))
 
@@ -162,7 +162,7 @@ def _most_kernels(count: int) -> int:
     return max(6, math.ceil(_KERNELS * count))
 
 
-def _predictor(problem: DecodeProblem, target: Target) -> Callable[[Config], float]:
+def _predictor(problem: Tunable, target: Target) -> Callable[[Config], float]:
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
 
     def predict(config: Config) -> float:  # an incumbent may be of a variant that is no more

@@ -15,7 +15,7 @@ from mla_jit import resources
 from mla_jit.config import Config, Value
 from mla_jit.errors import InvalidInput
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.problem import DecodeProblem, Tunable, bucket
 from mla_jit.target import Target
 
 Space = Mapping[str, Any]  # a variant's rows of the YAML file
@@ -32,7 +32,7 @@ def load(op: str = "decode") -> dict[str, Space]:
 
 
 def candidates(
-    problem: DecodeProblem, target: Target, variants: Sequence[Variant], spaces: Mapping[str, Space] | None = None
+    problem: Tunable, target: Target, variants: Sequence[Variant], spaces: Mapping[str, Space] | None = None
 ) -> list[Config]:
     """The legal configs to choose from, each different in its kernels or in how it cuts a sequence.
 
@@ -56,12 +56,12 @@ def candidates(
 
 def _for_uneven(problem: Any, default: Config) -> bool:
     """Whether a variant balances uneven lengths and the problem's are even: then it is not tuned."""
-    slotless = problem.op == "decode" and "num_kv_splits" not in default
+    slotless = problem.SLOTTED and "num_kv_splits" not in default
     return slotless and problem.total_kv is None and problem.scheduler == "auto"
 
 
 def _products(
-    problem: DecodeProblem, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
+    problem: Tunable, target: Target, defaults: Sequence[tuple[Variant, Config]], spaces: Mapping[str, Space]
 ) -> Iterator[tuple[Variant, Config]]:
     for variant, default in defaults:
         if _for_uneven(problem, default):
@@ -71,7 +71,7 @@ def _products(
                 yield variant, config
 
 
-def pieces(problem: DecodeProblem, target: Target, variant: Variant, config: Config) -> int:
+def pieces(problem: Any, target: Target, variant: Variant, config: Config) -> int:
     """Into how many pieces a sequence is cut; 1 if it is not. From the numbers that the kernels are given.
 
     All sequences are taken for equally long, as they are when a config is measured: `length` tokens.
@@ -83,7 +83,7 @@ def pieces(problem: DecodeProblem, target: Target, variant: Variant, config: Con
     return -(-tiles // max(-(-tiles // numbers["num_splits"]), numbers["min_tiles"]))
 
 
-def length(problem: DecodeProblem) -> int:
+def length(problem: Tunable) -> int:
     """Tokens of a sequence: its share of the total, where the caller gave that, else the bound."""
     if problem.total_kv is None:
         return problem.max_kv_len
@@ -101,7 +101,7 @@ class _Identity:
     depend on how partials are combined, nor the others on anything but that and, alike for all, on the first.
     """
 
-    def __init__(self, problem: DecodeProblem, target: Target, variant: Variant, default: Config) -> None:
+    def __init__(self, problem: Tunable, target: Target, variant: Variant, default: Config) -> None:
         self.problem, self.target, self.variant, self.default = problem, target, variant, default
         self.parts: dict[Any, Any] = {}
 
@@ -122,14 +122,12 @@ class _Identity:
         return found
 
 
-def _product(
-    problem: DecodeProblem, target: Target, variant: Variant, default: Config, space: Space
-) -> Iterator[Config]:
+def _product(problem: Any, target: Target, variant: Variant, default: Config, space: Space) -> Iterator[Config]:
     """The configs of one space, less those that the hints of the problem or its sizes make pointless."""
     rows = {tuple(names.split()): values for names, values in space.items()}
     if unknown := set(itertools.chain(*rows)) - set(default):
         raise InvalidInput(f"a space names {', '.join(sorted(unknown))}; {variant.name} has {', '.join(default)}")
-    if problem.op != "decode":
+    if not problem.SLOTTED:
         every = list(_choices(rows, default, target))
         tallest = max(min((config.int("block_m") for config in every), default=0), bucket(problem.q_len))
         yield from (config for config in every if config.int("block_m") <= tallest)

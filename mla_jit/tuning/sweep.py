@@ -22,7 +22,7 @@ from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CompileError, InvalidInput
-from mla_jit.problem import MIXES, DecodeProblem, PrefillProblem, bucket
+from mla_jit.problem import MIXES, DecodeProblem, PrefillProblem, Tunable, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
 from mla_jit.tuning.builds import Builds
@@ -41,7 +41,7 @@ class Measurer(Protocol):
     """What a sweep needs of pool.Pool."""
 
     def measure(
-        self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
+        self, device: str, problem: Tunable, config: Config, *, rounds: int, window_ms: float, timeout_s: float
     ) -> Measurement: ...
 
     def start(self, device: str) -> None: ...
@@ -55,7 +55,7 @@ def shapes(
     q_lens: Sequence[int] = (1,), page_size: int = 64, lengths: Sequence[str] = ("even",),
     memory_bytes: int | None = None,
 ) -> list[DecodeProblem]:  # fmt: skip
-    """The problems of (model, tensor-parallel ranks) pairs, each once: models with the same heads and dims share them.
+    """The decodes of (model, tensor-parallel ranks) pairs, each once: models with the same heads and dims share them.
 
     lengths: "even", all as long as the bound; "log-uniform" from 128 tokens to it, also called "ragged"; "uniform", up
     to it; "one-long", one as long and the others of 128 tokens. The uneven ones are told by total_kv, rounded as a
@@ -80,9 +80,38 @@ def shapes(
                     page_size=page_size, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len), total_kv=total,
                     hinted=True, mix=mix,
                 )  # fmt: skip
-                if kv_len <= model.max_kv_len and cache_bytes(problem) <= (memory_bytes or 1 << 62):
+                if kv_len <= model.max_kv_len and problem.data_bytes <= (memory_bytes or 1 << 62):
                     found[problem] = None
     return list(found)
+
+
+def prompts(
+    wanted: Iterable[tuple[models.Model, int]], target: Target, *, dtypes: Sequence[str] | None = None,
+    batches: Sequence[int] = (1, 4, 16), kv_lens: Sequence[int] = (1024, 4096, 16384), q_lens: Sequence[int] = (),
+    causal: bool = True, memory_bytes: int | None = None,
+) -> list[PrefillProblem]:  # fmt: skip
+    """The prompts, un-absorbed, of (model, tensor-parallel ranks) pairs, each once; all of a batch are as long.
+
+    q_lens: of chunks behind a prefix, the keys of both are kv_len; none: a whole prompt, as long as its keys. Sizes are
+    rounded as a call's. causal: else every query sees every key, as those of a chunk do the prefix's.
+    Left out: lengths beyond a model's context, causal chunks longer than their keys, and what is larger than
+    memory_bytes.
+    """
+    found: dict[PrefillProblem, None] = {}
+    for model, tp in wanted:
+        for kind in models.prefill_problems(
+            model, target, tp=tp, dtypes=dtypes, lse=(False,), causal=(causal,), scales="none"
+        ):
+            for batch, kv_len in itertools.product(batches, kv_lens):
+                for q_len in q_lens or (kv_len,):
+                    problem = dataclasses.replace(kind, **kind.sizes(batch, q_len, kv_len))
+                    fits = problem.data_bytes <= (memory_bytes or 1 << 62)
+                    if kv_len <= model.max_kv_len and fits and (q_len <= kv_len or not causal):
+                        found[problem] = None
+    return list(found)
+
+
+SHAPES: dict[str, Callable[..., Sequence[Tunable]]] = {"decode": shapes, "prefill": prompts}  # by op
 
 
 def _total(batch: int, kv_len: int, mix: str) -> int | None:
@@ -96,39 +125,23 @@ def _total(batch: int, kv_len: int, mix: str) -> int | None:
     return bucket(round(batch * (kv_len - _SHORTEST) / math.log(kv_len / _SHORTEST)))
 
 
-def cache_bytes(problem: Any) -> int:
-    """Of the latent cache at the length bound, or of as many tokens as the problem has; of all tensors of a prompt."""
-    if isinstance(problem, PrefillProblem):
-        q, kv, out = (DTYPES[name].bytes for name in (problem.q_dtype, problem.kv_dtype, problem.out_dtype))
-        a_query = problem.num_heads * (problem.qk_dim * q + problem.v_dim * out)
-        a_key = problem.num_kv_heads * (problem.qk_dim + problem.v_dim) * kv
-        return problem.total_q * a_query + problem.keys * a_key
-    tokens = problem.batch * problem.max_kv_len
-    return (
-        min(tokens, problem.total_kv or tokens)
-        * problem.num_kv_heads
-        * problem.head_dim
-        * DTYPES[problem.kv_dtype].bytes
-    )
-
-
 @dataclass(frozen=True)
 class Finished:
     """A shape of a sweep. `outcome` is None where it was finished before."""
 
-    problem: DecodeProblem
+    problem: Any  # a Tunable
     device: str
     outcome: search.Outcome | None
     seconds: float
 
 
-def candidates(problem: DecodeProblem, target: Target) -> list[Config]:
+def candidates(problem: Tunable, target: Target) -> list[Config]:
     """The legal configs of every variant that accepts the problem, the default of `plan` first."""
     return space.candidates(problem, target, ops.variants(problem.op))
 
 
 def run(
-    problems: Sequence[DecodeProblem], target: Target, devices: Sequence[str], pool: Measurer, store: Store, *,
+    problems: Sequence[Tunable], target: Target, devices: Sequence[str], pool: Measurer, store: Store, *,
     budget_s: float, how: str = "auto", resume: bool = True, timeout_s: float = 60.0, command: str = "mla-tune run",
     cross: bool = True, builds: Builds | None = None, on_event: Event | None = None,
     stop: threading.Event | None = None,
@@ -144,14 +157,14 @@ def run(
         target, pool, store, how, resume, timeout_s, command, on_event, stop or threading.Event(),
         time.monotonic() + budget_s, len(devices), problems, len(problems), builds or Builds(target),
     )  # fmt: skip
-    todo: queue.SimpleQueue[DecodeProblem] = queue.SimpleQueue()
+    todo: queue.SimpleQueue[Tunable] = queue.SimpleQueue()
     for problem in problems:
         todo.put(problem)
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
     tuned = threading.Barrier(len(devices))
 
     def serve(device: str) -> None:
-        mine: list[DecodeProblem] = []
+        mine: list[Tunable] = []
         try:
             while not sweep.stop.is_set():
                 try:
@@ -206,14 +219,14 @@ class _Sweep:
     stop: threading.Event
     deadline: float
     devices: int
-    problems: Sequence[DecodeProblem]
+    problems: Sequence[Tunable]
     left: int
     builds: Builds
-    legal: dict[DecodeProblem, list[Config]] = field(default_factory=dict)  # candidates of problems that are to come
-    winners: dict[DecodeProblem, Config] = field(default_factory=dict)
-    defaults: dict[DecodeProblem, Config] = field(default_factory=dict)
-    default_us: dict[DecodeProblem, float] = field(default_factory=dict)
-    families: dict[DecodeProblem, dict[DecodeProblem, Config]] = field(default_factory=dict)
+    legal: dict[Tunable, list[Config]] = field(default_factory=dict)  # candidates of problems that are to come
+    winners: dict[Tunable, Config] = field(default_factory=dict)
+    defaults: dict[Tunable, Config] = field(default_factory=dict)
+    default_us: dict[Tunable, float] = field(default_factory=dict)
+    families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
@@ -222,7 +235,7 @@ class _Sweep:
             left_s = max(0.0, self.deadline - time.monotonic())
             return min(left_s, _SHARES * left_s * self.devices / max(self.left, self.devices))
 
-    def tune(self, problem: DecodeProblem, device: str) -> Finished:
+    def tune(self, problem: Tunable, device: str) -> Finished:
         """Searches the best config, unless that was finished before."""
         started = time.monotonic()
         same = self.trials(problem)
@@ -254,12 +267,12 @@ class _Sweep:
             self.left -= 1
         return Finished(problem, device, outcome, time.monotonic() - started)
 
-    def candidates(self, problem: DecodeProblem) -> list[Config]:
+    def candidates(self, problem: Tunable) -> list[Config]:
         if problem not in self.legal:
             self.legal[problem] = candidates(problem, self.target)
         return self.legal[problem]
 
-    def expect(self, problem: DecodeProblem, found: Sequence[Config]) -> None:
+    def expect(self, problem: Tunable, found: Sequence[Config]) -> None:
         """Has kernels compiled before they are asked for: this problem's, the following one's, those of the next kind.
 
         The first search of a kind would else wait for compilers; all later ones of a kind share its kernels.
@@ -270,13 +283,13 @@ class _Sweep:
             self.builds.start(following, search.first(following, self.target, self.candidates(following)), idle=1)
         self.builds.start(problem, search.kernels(problem, self.target, found), idle=1)
         ahead = [following] if following is not None else []
-        other = next((p for p in (*ahead, *later) if _but_batch(p) != _but_batch(problem)), None)
+        other = next((p for p in (*ahead, *later) if _kind(p) != _kind(problem)), None)
         if other is not None:
             of_other = self.candidates(other)
             self.builds.start(other, search.first(other, self.target, of_other), idle=2)
             self.builds.start(other, search.kernels(other, self.target, of_other), idle=3)
 
-    def cross(self, problem: DecodeProblem, device: str) -> None:
+    def cross(self, problem: Tunable, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""
         family = self.family(problem)
         found = dict.fromkeys(config for kin, config in family.items() if kin != problem)
@@ -292,7 +305,7 @@ class _Sweep:
             measurement = self.measure(problem, device, config, LAST)
             self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
 
-    def family(self, problem: DecodeProblem) -> dict[DecodeProblem, Config]:
+    def family(self, problem: Tunable) -> dict[Tunable, Config]:
         """What is best for problems that differ from it in lengths alone, in this sweep or before; by a playoff."""
         kind = _but_lengths(problem)
         with self.lock:
@@ -305,10 +318,10 @@ class _Sweep:
             return self.families[kind]
 
     def earlier(
-        self, mine: Sequence[DecodeProblem], problems: Sequence[DecodeProblem]
-    ) -> Iterator[DecodeProblem]:  # fmt: skip
+        self, mine: Sequence[Tunable], problems: Sequence[Tunable]
+    ) -> Iterator[Tunable]:  # fmt: skip
         """Problems of earlier sweeps, of the families of which the first in this one is among `mine`."""
-        first: dict[DecodeProblem, DecodeProblem] = {}
+        first: dict[Tunable, Tunable] = {}
         for problem in problems:
             first.setdefault(_but_lengths(problem), problem)
         for problem in first.values():
@@ -319,7 +332,7 @@ class _Sweep:
     def place(self) -> dict[str, str]:
         return {"target": self.target.name, "device": self.target.device}
 
-    def trials(self, problem: DecodeProblem) -> list[Trial]:
+    def trials(self, problem: Tunable) -> list[Trial]:
         """The problem's, of today's templates and compiler."""
         return self.current(self.store.trials(problem=problem, **self.place))
 
@@ -327,17 +340,17 @@ class _Sweep:
         revisions = {variant.name: variant.revision for op in PROBLEMS for variant in ops.variants(op)}
         return [t for t in trials if t.revision == revisions.get(t.variant) and t.toolchain == toolchain()]
 
-    def incumbents(self, problem: DecodeProblem, same: Sequence[Trial]) -> list[Config]:
+    def incumbents(self, problem: Tunable, same: Sequence[Trial]) -> list[Config]:
         """The best known of this very problem; and of the nearest one in the sweep that differs in lengths or batch."""
         timed = [t for t in same if t.status == OK and t.median_us is not None]
         best = min(timed, key=lambda t: (-t.effort, t.median_us or 0.0, t.config.to_json()), default=None)
         found = [] if best is None else [best.config]
-        kin = [p for p in list(self.winners) if p != problem and _but_batch(p) == _but_batch(problem)]
+        kin = [p for p in list(self.winners) if p != problem and _kind(p) == _kind(problem)]
         legal = _legal(problem, self.target)
         nearest = sorted(kin, key=lambda p: (_apart(p, problem), str(p)))
         return found + [self.winners[p] for p in nearest if legal(self.winners[p])][:1]
 
-    def measure(self, problem: DecodeProblem, device: str, config: Config, effort: int) -> Measurement:
+    def measure(self, problem: Tunable, device: str, config: Config, effort: int) -> Measurement:
         if self.stop.is_set():
             raise KeyboardInterrupt
         if (fault := self.builds.fault(problem, config)) is not None:
@@ -345,7 +358,7 @@ class _Sweep:
         rounds, window_ms = EFFORTS[effort]
         return self.pool.measure(device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=self.timeout_s)
 
-    def keep(self, problem: DecodeProblem, device: str, name: str, data: dict[str, Any]) -> None:
+    def keep(self, problem: Tunable, device: str, name: str, data: dict[str, Any]) -> None:
         if name == "trial":
             if data["config"] == self.defaults.get(problem) and data["measurement"].median_us is not None:
                 self.default_us[problem] = data["measurement"].median_us
@@ -356,7 +369,7 @@ class _Sweep:
             self.on_event(name, {"problem": problem, "device": device, **data})
 
     def trial(
-        self, problem: DecodeProblem, device: str, config: Config, effort: int, found: Measurement
+        self, problem: Tunable, device: str, config: Config, effort: int, found: Measurement
     ) -> Trial:  # fmt: skip
         rounds, window_ms = EFFORTS[effort]
         revision = next(v.revision for v in ops.variants(problem.op) if v.name == config.variant)
@@ -373,21 +386,21 @@ class _Sweep:
         )  # fmt: skip
 
 
-def _but_lengths(problem: DecodeProblem) -> DecodeProblem:
+def _but_lengths(problem: Tunable) -> Tunable:
     return dataclasses.replace(problem, **problem.LENGTHS)
 
 
-def _but_batch(problem: DecodeProblem) -> DecodeProblem:
-    return dataclasses.replace(problem, **problem.LENGTHS, batch=0)
+def _kind(problem: Tunable) -> Tunable:
+    return dataclasses.replace(problem, **problem.KIN)
 
 
-def _apart(a: DecodeProblem, b: DecodeProblem) -> float:
-    """How far problems are from each other in batch and tokens, in powers of two."""
-    sizes = ((math.log2(max(1, p.batch)), math.log2(max(1, space.length(p)))) for p in (a, b))
+def _apart(a: Tunable, b: Tunable) -> float:
+    """How far problems are from each other in batch, query tokens and keys, in powers of two."""
+    sizes = ([math.log2(max(1, n)) for n in (p.batch, p.q_len, space.length(p))] for p in (a, b))
     return math.dist(*sizes)
 
 
-def _legal(problem: DecodeProblem, target: Target) -> Callable[[Config], bool]:
+def _legal(problem: Tunable, target: Target) -> Callable[[Config], bool]:
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
     return lambda c: c.variant in rows and rows[c.variant].rejects(problem, target, c) is None
 

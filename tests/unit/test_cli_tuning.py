@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from helpers import invoke, invoke_json
 from rich.console import Console
@@ -31,7 +32,7 @@ from mla_jit import cli_tuning, models, ops, settings, target
 from mla_jit.cli import main
 from mla_jit.compile.artifact import Source
 from mla_jit.errors import InvalidInput
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import builds, pool, rows, schedule, search, shipped, store, sweep
 
 
@@ -348,6 +349,12 @@ def test_help_says_what_each_option_does_and_its_default(verb: str) -> None:
         (("run", *SMALL, "--lengths", "long"), 2, "use even, ragged, log-uniform, uniform, one-long"),
         (("plan", *SMALL, "--lengths", "long"), 2, "use even, ragged, log-uniform, uniform, one-long"),
         (("plan",), 2, "Missing option '--model'"),
+        (("plan", *SMALL, "--full"), 2, "--full: says nothing of decode; leave it out"),
+        (("run", "--op", "prefill", *SMALL, "--page-size", "64"), 2, "--page-size: says nothing of prefill"),
+        (("plan", "--op", "prefill", *SMALL, "--lengths", "even"), 2, "--lengths: says nothing of prefill"),
+        (("run", "--plan", "any", "--op", "prefill", "--full"), 2, "leave out --op, --full"),
+        (("plan", "--op", "merge", *SMALL), 2, "'merge' is not one of 'decode', 'prefill'"),
+        (("run", "--op", "prefill", *SMALL, "--q-len", "256"), 1, "there is no shape to tune"),
         (("plan", "--model", "gpt-2"), 2, "no model 'gpt-2'"),
         (("plan", "--model", "deepseek-v3", "--tp", "3"), 2, "cannot share equally"),
     ],
@@ -355,6 +362,154 @@ def test_help_says_what_each_option_does_and_its_default(verb: str) -> None:
 )
 def test_what_cannot_be_done_is_said(arguments: tuple[str, ...], code: int, message: str) -> None:
     assert message in invoke(*arguments, code=code)
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+PROMPTS = ("--op", "prefill", *small("1,2", "32,64"))
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of workers: on a busy machine several wait for each other at every small product."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def prompt_of(row: dict[str, Any]) -> PrefillProblem:
+    return PrefillProblem(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["problem"].items()})
+
+
+def test_prompts_are_planned(tmp_path: Path) -> None:
+    common = ("--op", "prefill", "--model", "deepseek-v3", "--tp", "8", "--target", "sm_90", "--batch", "1,4")
+    found = [prompt_of(row) for row in invoke_json("plan", *common, "--dtype", "bf16,fp8")["shapes"]]
+    assert len(found) == 2 * 2 * 3  # whole prompts, where nothing else is said
+    assert {(p.q_len, p.total_q, p.max_kv_len, p.total_kv) for p in found if p.batch == 4} == {
+        (n, 4 * n, n, 4 * n) for n in (1024, 4096, 16384)
+    }
+    assert {p.kv_dtype for p in found} == {"bf16", "fp8_e4m3"}
+    assert {(p.causal, p.hinted, p.num_heads, p.num_kv_heads, p.qk_dim, p.v_dim) for p in found} == {
+        (True, True, 16, 16, 192, 128)
+    }
+    chunks = (*common, "--dtype", "bf16", "--q-len", "512,2048", "--kv-len", "1000,8192")
+    sizes = [(p.q_len, p.max_kv_len) for p in map(prompt_of, invoke_json("plan", *chunks)["shapes"]) if p.batch == 1]
+    assert sizes == [(512, 1024), (512, 8192), (2048, 8192)]  # none longer than its keys
+    file = tmp_path / "plan.json"
+    text = invoke("plan", *chunks, "--full", "--search", "exhaustive", "--out", file)
+    assert "prompts, 16 heads × 192/128, bf16×bf16, full: deepseek-v3 --tp 8\n" in text
+    planned = schedule.read(file)
+    full: list[Any] = [p for p in planned.problems if p.batch == 1]
+    assert [(p.q_len, p.max_kv_len, p.causal) for p in full] == [
+        (512, 1024, False), (2048, 1024, False), (512, 8192, False), (2048, 8192, False),
+    ]  # fmt: skip
+    for shape in planned.shapes:
+        configs = sweep.candidates(shape.problem, target.by_name("sm_90"))
+        assert (shape.candidates, shape.kernels) == (len(configs), len({search._kernel(c) for c in configs}))
+    message = invoke("run", "--plan", file, code=2)
+    again = message.partition("plan again here: ")[2].split()
+    assert [word for word in again if word.startswith("--")] == [
+        "--op", "--model", "--tp", "--dtype", "--batch", "--kv-len", "--q-len", "--full", "--search", "--out",
+    ]  # fmt: skip
+
+
+def test_a_plan_counts_the_kernels_of_prompts_and_the_time_of_long_calls() -> None:
+    common = ("plan", "--op", "prefill", "--model", "deepseek-v3", "--target", "sm_90", "--dtype", "bf16")
+    sizes = ("--batch", "1", "--kv-len", "1024,65536", "--jobs", "1")
+    short, long = invoke_json(*common, *sizes)["shapes"]
+    where, rows_ = target.by_name("sm_90"), {v.name: v for v in ops.variants("prefill")}
+    configs = sweep.candidates(prompt_of(short), where)
+    sources = {rows_[c.variant].sources(prompt_of(short), where, c)[0] for c in configs}
+    assert short["kernels"] == len(sources)
+    assert short["exhaustive_s"] == pytest.approx(0.021 * len(configs) + 0.8 + 2.5 * len(sources))
+    # 128 heads × 65536² ÷ 2 pairs are more than 0.17 s at Hopper's rate, beside which the window is nothing
+    assert long["exhaustive_s"] > 3 * 0.17 * long["candidates"]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_of_prompts_from_the_first_to_the_last_verb(database: Path, tmp_path: Path) -> None:
+    first = invoke_json("run", *PROMPTS, "--budget", "120s")
+    assert (first["ok"], first["left_out"]) == (True, [])
+    assert {row["variant"] for row in first["shapes"]} == {"prefill_blocked_cpu"}
+    assert sorted({(p.batch, p.q_len, p.max_kv_len) for p in map(prompt_of, first["shapes"])}) == [
+        (1, 32, 32), (1, 64, 64), (2, 32, 32), (2, 64, 64),
+    ]  # fmt: skip
+    for row in first["shapes"]:
+        assert (row["faults"], row["stopped"], row["median_us"] > 0) == ([], "done", True)
+    again = invoke_json("run", *PROMPTS)
+    assert [row["finished_before"] for row in again["shapes"]] == [True] * 4
+    more = invoke_json("run", "--op", "prefill", *small("1", "32,64"), "--q-len", "32", "--full")
+    assert [(row["finished_before"], prompt_of(row).causal) for row in more["shapes"]] == [(False, False)] * 2
+
+    shown = invoke_json("show")
+    assert {row["problem"]["op"] for row in shown["best"]} == {"prefill"}
+    assert len(shown["best"]) == 6
+    assert "prefill 5 heads/5 × 96/64, bf16×bf16, causal, batch 2, q_len<=64 of 128" in invoke("show")
+
+    asked = ("--prefill", "--model", "minicpm3-4b", "--tp", "8", "--batch", "2", "--q-len", "64", "--max-kv-len", "64")
+    told = invoke_json("explain", *asked)
+    best = next(row for row in shown["best"] if prompt_of(row) == prompt_of({"problem": told["problem"]}))
+    assert (told["provenance"], told["config"]) == ("measured", best["config"])
+    assert (told["tuned"]["taken"]["median_us"], told["tuned"]["differences"]) == (best["median_us"], [])
+    assert told["tuned"]["default"]["median_us"] > 0
+    between = [word if word != "64" else "50" for word in asked]
+    assert invoke_json("explain", *between)["provenance"] == "neighbour"
+    assert invoke_json("explain", *between, "--dtype", "fp16")["provenance"] == "default"
+
+    (path,) = map(Path, invoke_json("export", tmp_path / "out")["files"])
+    assert path == tmp_path / "out" / "cpu" / "prefill.jsonl"
+    assert shipped.check(path) == []
+    other = tmp_path / "other.db"
+    count = len(path.read_text().splitlines())
+    assert invoke_json("import", "--db", other, path)["added"] == count >= 6
+    assert invoke_json("merge", "--db", other, database)["added"] == shown["trials"]
+    assert invoke_json("compare", database, path)["geometric_mean"] == 1.0
+    assert invoke_json("diff", database, path, code=1)["changed_best"] == []
+
+    with settings.scope(tuning_db=tmp_path / "none.db"):  # of an import, as of a measurement of its own
+        mla_jit.reload()
+        assert invoke_json("explain", *asked)["provenance"] == "default"
+        invoke("import", "--db", tmp_path / "none.db", path)
+        mla_jit.reload()
+        assert invoke_json("explain", *asked)["provenance"] == "imported"
+    verified = invoke_json("verify", "--limit", "2", "--tolerance", "100000%")  # that they run, and are right
+    assert [row["ok"] for row in verified["rows"]] == [True, True]
+    assert {prompt_of(row).op for row in verified["rows"]} == {"prefill"}
+    assert invoke_json("report", "--html", tmp_path / "page.html")["shapes"] == 6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_call_is_served_with_what_a_run_found(database: Path) -> None:
+    invoke("run", "--op", "prefill", *small("2", "64"), "--budget", "120s")
+    (row,) = invoke_json("show")["best"]
+    q, k = (torch.randn(128, 5, 96).bfloat16() for _ in range(2))
+    indptr = torch.tensor([0, 64, 128], dtype=torch.int32)
+    mla_jit.reload()
+    for told in ({}, {"max_kv_len": 64}):
+        mla_jit.prefill(
+            q, k, k[..., :64].contiguous(), qo_indptr=indptr, kv_indptr=indptr, max_q_len=64, sm_scale=0.1, **told
+        )
+        dispatch = mla_jit.last_dispatch()
+        assert dispatch is not None
+        assert (dispatch.provenance, dict(dispatch.config)) == ("measured", row["config"]), dispatch.why
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_stopped_run_of_prompts_goes_on(database: Path) -> None:
+    file = database.with_name("plan.json")
+    invoke("plan", "--op", "prefill", *small("1", "32,64"), "--search", "exhaustive", "--out", file)
+    assert invoke_json("run", "--plan", file, "--budget", "0s", code=1)["shapes"][0]["stopped"] == "budget"
+    found = invoke_json("run", "--plan", file, "--budget", "120s")
+    assert (found["ok"], found["search"]) == (True, "exhaustive")
+    assert [prompt_of(row) for row in found["shapes"]] == schedule.read(file).problems
+    trials = trials_of(database)
+    assert len({(trial.problem, trial.config, trial.effort) for trial in trials}) == len(trials)
+
+
+def test_prompts_that_do_not_fit_are_left_out() -> None:
+    large = ("--op", "prefill", "--model", "deepseek-v3", "--dtype", "bf16", "--batch", "1", "--kv-len", "512,131072")
+    found = invoke_json("plan", *large)
+    assert [prompt_of(row).q_len for row in found["shapes"]] == [512]
+    text = invoke("plan", *large)
+    assert "left out: prompt 128 heads × 1 × 131072: its prompt takes 20.0 GiB, and there is room for 2.0" in text
 
 
 # ---------------------------------------------------------------------------------------------- processes of their own

@@ -56,6 +56,7 @@ def test_one_run_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(prefill_grid, "_alternated", lambda calls, rounds: asked.append(set(calls)) or {"mla_jit": 5.0})
     found = prefill_grid.measured(SMALL, 0, "cpu")
     assert (found.times_us, found.variant) == ({"mla_jit": 5.0}, "prefill_blocked_cpu")
+    assert found.provenance == "default"
     assert 0 < found.error < 6e-3
     assert asked == [{"mla_jit"}]  # no peer takes uneven lengths
     monkeypatch.setattr(prefill_grid, "worst_error", lambda *a: 0.5)
@@ -67,7 +68,7 @@ def test_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(shape: Prompt, seed: int, device: str) -> Measured:
         us = {EQUAL: 4000.0, UNEVEN: 5000.0}.get(shape, 1000.0) + seed
         peer = {"cudnn": 900.0 + seed} if shape.even and shape is not EQUAL else {}
-        return Measured({"mla_jit": us, **peer}, 1e-3 * (seed + 1), "prefill_x")
+        return Measured({"mla_jit": us, **peer}, 1e-3 * (seed + 1), "prefill_x", "measured")
 
     monkeypatch.setattr(prefill_grid, "measured", fake)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -77,6 +78,7 @@ def test_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     row = data["rows"][0]
     assert (row["ours_us"], row["low_us"], row["high_us"], row["cudnn_us"]) == (1001.0, 1000.0, 1002.0, 901.0)
     assert (row["score"], row["error"], row["variant"]) == (901 / 1001, 3e-3, "prefill_x")
+    assert row["provenance"] == "measured"
     assert row["tflops"] == pytest.approx(GRID[0].flops / 1001 * 1e-6)
     assert data["rows"][-1]["cudnn_us"] is None
     assert data["least"] == pytest.approx(901 / 1001)

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from mla_jit import plan, target
 from mla_jit.cli import main
 from mla_jit.config import Config
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import bench, report, store
 from mla_jit.tuning.rows import FAULTS, Trial
 
@@ -289,6 +289,27 @@ def test_shapes_that_differ_in_anything_have_names_that_do() -> None:
     assert labels[others[1]] == "16 heads · batch 64 · kv 4096 · cache bf16 · lse · index64 none · total_kv none"
     assert "q_dtype bf16" in common
     assert "cache" not in common
+
+
+def test_prompts_stand_beside_decodes(tmp_path: Path) -> None:
+    sizes = PrefillProblem.sizes(2, 1024, 4096)
+    prompt = PrefillProblem(num_heads=16, num_kv_heads=16, **sizes)
+    full = dataclasses.replace(prompt, causal=False)
+    tiles = plan.analytic(prompt, HOPPER).config
+    rows = [trial(of, tiles.replace(block_n=n), us) for of in (prompt, full) for n, us in ((64, 50.0), (128, 60.0))]
+    tree = Reader(page_of([*tuned(PROBLEMS[0]), *rows], tmp_path / "t.db")).root
+    names = [line["shape"] for line in table(tree)]
+    assert len(names) == len(set(names)) == 3
+    assert [("prefill" in name, "qk_dim" in name, "page_size" in name) for name in names] == [
+        (False, False, True), (True, True, False), (True, True, False),
+    ]  # fmt: skip
+    shapes = {s.problem: s for s in report.shapes(rows, [rows[0], rows[2]], target.targets())}
+    pairs = 2 * 1024 * (3072 + 1025 / 2)
+    assert shapes[prompt].flops == pytest.approx(2 * 16 * (192 + 128) * pairs)
+    assert shapes[full].flops == 2 * 16 * (192 + 128) * 2 * 1024 * 4096
+    assert shapes[full].bytes == 2 * 16 * (192 + 128) * 2 * (1024 + 4096)
+    assert shapes[full].tokens == 2048
+    assert shapes[full].of_roof == pytest.approx(shapes[full].flops / HOPPER.bf16_tflops * 1e-6 / 50.0)
 
 
 # -------------------------------------------------------------------------------------------------------- its numbers

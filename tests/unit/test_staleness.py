@@ -315,6 +315,60 @@ def test_a_bad_row_is_told(name: str, tmp_path: Path) -> None:
     assert fault in found
 
 
+PROMPT = PrefillProblem(num_heads=16, num_kv_heads=16, **PrefillProblem.sizes(2, 1024, 4096))
+
+
+def prompt_row(config: Config | None = None, **fields: Any) -> Trial:
+    """A good row of a prompt."""
+    variant = variants("prefill")["prefill_triton"]
+    usual = {"problem": PROMPT, "revision": variant.revision}
+    return row(config or variant.default(PROMPT, HOPPER), **(usual | fields))
+
+
+BAD_PROMPTS: dict[str, tuple[Callable[[], Trial], str]] = {
+    "newer than its variant": (lambda: prompt_row(revision=9), "claims revision 9, prefill_triton is at"),
+    "another kernel": (lambda: prompt_row(source_hash="0123456789abcdef"), "its source_hash is of another kernel"),
+    "illegal": (
+        lambda: prompt_row(prompt_row().config.replace(num_stages=9)), "illegal today, the tiles take"
+    ),
+    "of tensors that it cannot copy": (
+        lambda: prompt_row(problem=dataclasses.replace(PROMPT, misaligned=("k",))), "no bulk tensor copies"
+    ),
+    "a tunable less": (lambda: prompt_row(Config.of("prefill_triton", block_m=64)), "has other tunables"),
+    "no such variant": (lambda: prompt_row(Config.of("prefill_gone", a=1)), "there is no variant prefill_gone"),
+    "a decode": (lambda: row(), "line 1: belongs to nvidia_h200/decode.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_a_bad_row_of_a_prompt_is_told(name: str, tmp_path: Path) -> None:
+    made, fault = BAD_PROMPTS[name]
+    shipped.export([made()], tmp_path / "tuning_db" / "nvidia_h200" / "prefill.jsonl")
+    (found,) = bad_rows(tmp_path, today(), plain())
+    assert found.startswith("nvidia_h200/prefill.jsonl, line 1: ")
+    assert fault in found
+
+
+@pytest.mark.parametrize("name", [variant.name for variant in ops.variants("prefill") if variant.host is None])
+def test_rows_of_prompts_are_of_the_template_that_they_claim(name: str, tmp_path: Path) -> None:
+    """Good today; told when the template changes in silence; taken as alike when that is recorded."""
+    variant = variants("prefill")[name]
+    good = prompt_row(variant.default(PROMPT, HOPPER), revision=variant.revision)
+    path = tmp_path / "tuning_db" / "nvidia_h200" / "prefill.jsonl"
+    shipped.export([good], path)
+    assert good.source_hash
+    assert list(bad_rows(tmp_path, today(), plain())) == []
+    before = plain()
+    before["prefill"][name] |= {"sha256": "of another text"}
+    (found,) = bad_rows(tmp_path, today(), before)
+    assert f"claims revision {variant.revision}, whose template was another" in found
+    shipped.export([dataclasses.replace(good, source_hash="0" * 16)], path)
+    golden = tmp_path / "templates.json"
+    record(tmp_path, golden)
+    assert json.loads(golden.read_text())["prefill"][name]["alike"] == ["0" * 16]
+    assert list(bad_rows(tmp_path, today(), json.loads(golden.read_text()))) == []
+
+
 def test_good_rows_are_not_told(tmp_path: Path) -> None:
     """What the current templates give, whatever compiled it; what an older revision gave; rows without a hash."""
     host = blocked_cpu.DECODE_BLOCKED_CPU

@@ -16,7 +16,7 @@ from mla_jit.compile import farm
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.errors import CompilerAborted, InvalidInput
-from mla_jit.problem import DecodeProblem
+from mla_jit.problem import DecodeProblem, PrefillProblem
 from mla_jit.tuning import builds, search, store, sweep
 from mla_jit.tuning.rows import Measurement
 from mla_jit.tuning.stand import timed_lengths
@@ -284,6 +284,114 @@ def test_ragged_shapes_are_told_by_the_total(database: store.Store) -> None:
     ]  # fmt: skip
     with pytest.raises(InvalidInput, match="even, ragged, log-uniform, uniform, one-long"):
         sweep.shapes([(DEEPSEEK, 8)], HOPPER, lengths=["long"])
+
+
+def test_prompts_of_models_are_whole_or_chunks() -> None:
+    def sizes(**axes: Any) -> list[tuple[int, int, int, int, int | None]]:
+        found = sweep.prompts([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], **axes)
+        assert {(p.causal, p.hinted, p.lse) for p in found} <= {(axes.get("causal", True), True, False)}
+        return [(p.batch, p.q_len, p.total_q, p.max_kv_len, p.total_kv) for p in found]
+
+    assert sizes(batches=[3], kv_lens=[1024, 1500]) == [(3, 1024, 3072, 1024, 4096), (3, 1536, 4608, 2048, 8192)]
+    chunks = {"batches": [1], "kv_lens": [1024, 8192], "q_lens": [1024, 4096]}
+    assert sizes(**chunks) == [
+        (1, 1024, 1024, 1024, 1024), (1, 1024, 1024, 8192, 8192), (1, 4096, 4096, 8192, 8192),
+    ]  # fmt: skip
+    assert (1, 4096, 4096, 1024, 1024) in sizes(**chunks, causal=False)
+    assert sizes(batches=[1], kv_lens=[1024, 1 << 20]) == [(1, 1024, 1024, 1024, 1024)]  # beyond the context
+    (whole,) = sweep.prompts([(DEEPSEEK, 8)], HOPPER, dtypes=["bf16"], batches=[1], kv_lens=[1024])
+    assert whole.data_bytes == 1024 * 16 * (192 + 128 + 192 + 128) * 2
+    assert sizes(batches=[1, 4], kv_lens=[1024], memory_bytes=whole.data_bytes) == [(1, 1024, 1024, 1024, 1024)]
+    both = sweep.prompts([(DEEPSEEK, 8), (KIMI, 4)], HOPPER, dtypes=["bf16"], batches=[1], kv_lens=[1024])
+    assert both == [whole]
+
+
+def chunks(*kv_lens: int, batch: int = 2, q_len: int = 64) -> list[PrefillProblem]:
+    base = PrefillProblem(num_heads=4, num_kv_heads=4, qk_dim=48, v_dim=32)
+    return [dataclasses.replace(base, **base.sizes(batch, q_len, n)) for n in kv_lens]
+
+
+def test_a_sweep_of_prompts_is_stored_chosen_and_not_repeated(database: store.Store) -> None:
+    wanted: list[Any] = [*chunks(256, 1024), *problems(2), *chunks(64, batch=1)]
+    bench = Bench(faulty="heads=16")
+    done = run(wanted, bench, database, devices=["null:0", "null:1"], how="exhaustive")
+    assert {d.problem for d in done} == set(wanted)
+    for each in done:
+        assert each.outcome is not None
+        assert each.outcome.stopped == "done"
+        assert "heads=16" not in str(each.outcome.winner)
+    for problem in (wanted[0], wanted[-1]):
+        assert {t.config for t in database.trials(problem=problem)} == set(sweep.candidates(problem, CPU))
+    assert {t.op for t in database.trials()} == {"decode", "prefill"}
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        for each in done:
+            assert each.outcome is not None
+            choice = plan.choose(each.problem, CPU)
+            assert (choice.config, choice.provenance) == (each.outcome.winner, "measured")
+    plan.forget()
+    again = Bench()
+    assert [d.outcome for d in run(wanted, again, database)] == [None] * len(wanted)
+    assert again.asked == []
+
+
+def test_a_stopped_sweep_of_prompts_goes_on_where_it_was(database: store.Store) -> None:
+    (problem,) = wanted = chunks(256)
+    stop = threading.Event()
+    run(wanted, Bench(stop_after=5, stop=stop), database, how="exhaustive", stop=stop)  # type: ignore[arg-type]
+    stored = {(t.config, sweep.EFFORTS[t.effort][0]) for t in database.trials(op="prefill")}
+    second = Bench()
+    (done,) = run(wanted, second, database, how="exhaustive")  # type: ignore[arg-type]
+    assert len(stored) == 5
+    assert done.outcome is not None
+    assert done.outcome.stopped == "done"
+    assert stored.isdisjoint(second.rounds)
+    assert {config for config, _ in (*stored, *second.rounds)} == set(sweep.candidates(problem, CPU))
+
+
+def test_the_best_of_chunks_behind_other_prefixes_are_timed_at_each(database: store.Store) -> None:
+    """For a call whose K has more rows than are used; whole prompts of other lengths are other shapes."""
+
+    class ByLength(Bench):
+        def measure(self, device: str, problem: Any, config: Config, **more: Any) -> Measurement:
+            found = super().measure(device, problem, config, **more)
+            apart = abs(math.log2(config.int("block_n")) - math.log2(problem.max_kv_len / 4))
+            assert found.median_us is not None
+            return dataclasses.replace(found, median_us=found.median_us * (1 + 20 * apart))
+
+    wanted = chunks(256, 1024, 2048)
+    whole = chunks(64)
+    done = run([*wanted, *whole], ByLength(), database, how="exhaustive")  # type: ignore[list-item]
+    winners = {d.problem: d.outcome.winner for d in done if d.outcome is not None}
+    assert len({winners[p] for p in wanted}) == 3
+    for problem in (*wanted, *whole):  # all are of one family: as many queries, other keys
+        timed = {t.config for t in database.trials(problem=problem, effort=sweep.LAST)}
+        assert timed >= {winners[p] for p in (*wanted, *whole)}
+    unknown = dataclasses.replace(wanted[-1], hinted=False, max_kv_len=4096)
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        assert "best worst case over kv 64, 256, 1024, 2048" in plan.choose(unknown, CPU).why
+    plan.forget()
+    other = chunks(2048, q_len=128)
+    run(other, ByLength(), database, how="exhaustive")  # type: ignore[arg-type]
+    assert {t.problem for t in database.trials(config=winners[wanted[0]], effort=sweep.LAST)}.isdisjoint(other)
+
+
+def test_what_is_best_for_a_prompt_takes_part_for_longer_ones(database: store.Store) -> None:
+    """Whole prompts are kin though their queries are as many as their keys: they take the same kernels."""
+    first, second = chunks(64)[0], chunks(128, q_len=128)[0]
+    good = max(sweep.candidates(first, CPU), key=lambda c: c.to_json())
+
+    class Fond(Bench):
+        def measure(self, device: str, problem: Any, config: Config, **more: Any) -> Measurement:
+            super().measure(device, problem, config, **more)
+            return Measurement("ok", 1.0 if config == good else 5.0, 0.01, 2e-3)
+
+    run([first], Fond(), database, how="exhaustive")  # type: ignore[list-item]
+    bench = Fond()
+    run([first, second], bench, database)  # type: ignore[list-item]
+    asked: list[Config] = [config for _, problem, config in bench.asked if problem == second]  # type: ignore[comparison-overlap]
+    assert asked[1] == good
 
 
 def test_a_kernel_that_is_refused_is_never_measured_and_asked_for_once(database: store.Store) -> None:
