@@ -30,7 +30,7 @@ DTYPE_PAIRS = (
     ("bf16", "fp8_e4m3"), ("fp16", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"),
     ("bf16", "fp8_e4m3fnuz"), ("fp16", "fp8_e4m3fnuz"), ("fp8_e4m3fnuz", "fp8_e4m3fnuz"),
 )  # fmt: skip
-BACKENDS = ("triton", "cpu")
+BACKENDS = ("triton", "asm", "cpu")
 HEADS = (16, 128)  # memory-bound and compute-bound: a block of rows for each
 EVIDENCE = ("tuning_db", "evidence.jsonl")
 
@@ -131,6 +131,7 @@ def matrix() -> list[Cell]:
         _cell(op, q, kv, backend, there)
         for op in ops.OPS
         for backend in BACKENDS
+        if any(variant.backend == backend for variant in ops.variants(op))
         for q, kv in DTYPE_PAIRS
         for there in target.targets().values()
     ]

@@ -40,6 +40,13 @@ WIDE: dict[str, tuple[str, str, str]] = {
         "MAXIMA[b] }}];\n{% endmacro %}",
     ),
     "half the sums": ("decode_splitk.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
+    "gathered: not told before a wait": ("decode_splitk.ptx", "        @ready bra FREE;", "        bra FREE;"),
+    "gathered: no fence": ("gather.ptx", _FENCED, ""),
+    "gathered: another's token": (
+        "gather.ptx",
+        "sub.u32 in_page{{ i }}, t0, in_page{{ i }};",
+        "mov.u32 in_page{{ i }}, 0;",
+    ),
     "too few bytes expected": ("decode_splitk.ptx", "full(b, i), BOX) }}", "full(b, i), BOX - 128) }}"),
 }
 NARROW: dict[str, tuple[str, str, str]] = {
@@ -59,6 +66,7 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "        {{ pieces.visible('t0') }}",
     ),
     "V is not zeroed": ("decode_narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "gathered: told too early": ("decode_narrow.ptx", "gather.arrive(ns.bars, 1)", "gather.arrive(ns.bars, 2)"),
     "a box too far": ("decode_narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
 }
 MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW}

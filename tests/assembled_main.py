@@ -4,8 +4,8 @@
         [--part I/N] [--page 64] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
 Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter.
-Each case is made to fit: its pages hold whole tiles. A case that the variant refuses is said with the reason, and is no
-failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, which one of them must notice.
+Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and is no
+failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none noticed.
 The exit status is the number of failures (at most 100).
 """
 
@@ -60,7 +60,9 @@ def planted(variant: str, name: str) -> Iterator[None]:
 
 
 def fitting(case: cases.Case, page: int) -> cases.Case:
-    """The case with pages that hold whole tiles."""
+    """The case with pages of at least so many tokens that hold whole tiles; as it is for 0."""
+    if page == 0:
+        return case
     return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64))
 
 
@@ -149,7 +151,7 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
         for case in cases.HARD:
             try:
                 with planted(variant.name, mistake):
-                    judged(fitting(interpretable(case, "fp16"), 64), variant, target, {}, seed)
+                    judged(interpretable(case, "fp16"), variant, target, {}, seed)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"
                 break
@@ -168,7 +170,9 @@ def main() -> int:
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
     parser.add_argument("--cases", choices=["small", "large", "mistakes"], default="small")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run and copies end")
-    parser.add_argument("--page", type=int, default=64, help="at least so many tokens")
+    parser.add_argument(
+        "--page", type=int, default=64, help="at least so many tokens, whole tiles; 0: as the cases have it"
+    )
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()

@@ -402,10 +402,12 @@ LARGE: tuple[Case, ...] = (
     Case(heads=20, C=512, R=0, page=64, lens=(700, 40, 40), index64=True),
 )
 
-# Several sequences, pages of two tiles, a causal boundary, an odd tile and a part of one; and eight tiles in one piece.
+# Several sequences, pages of two tiles, a causal boundary, an odd tile and a part of one; eight tiles in one piece; and
+# the same of pages that hold no whole tile.
 HARD: tuple[Case, ...] = (
     Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64)),
     Case(heads=8, page=64, lens=(490,), num_kv_splits=1),
+    Case(heads=8, page=7, lens=(490, 63), num_kv_splits=1),
 )
 
 # Small enough for the CPU and for Triton's interpreter; every feature alone, and in pairs where they meet in the code.

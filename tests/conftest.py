@@ -22,6 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(directory.cleanup)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: a worker a CPU, but at most four; none beside a GPU, whose times others would disturb."""
+    if config.option.markexpr == "gpu":
+        return 0
+    return min(4, len(os.sched_getaffinity(0)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A test that is skipped shows nothing, so it fails the run."""

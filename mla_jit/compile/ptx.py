@@ -55,7 +55,7 @@ def compile_source(source: Source) -> Artifact:
         isa=source.isa,
         entry=made.header.entry,
         binary=binary,
-        threads=made.header.threads,
+        threads=int(re.findall(r"\.reqntid (\d+)", made.text)[0]),
         smem_bytes=static + dynamic,
         registers=registers,
         spill_bytes=spills,

@@ -719,7 +719,7 @@ def _mbarrier(d: Decoder) -> Run:
 
 
 def _wait(d: Decoder, what: str) -> Run:
-    """try_wait blocks its warp, but now and then gives up, as the ISA allows; test_wait does both alike."""
+    """try_wait blocks its warp, but now and then gives up, as the ISA allows; test_wait never blocks."""
     parity = bool(d.take("parity"))
     d.take("acquire", "relaxed")
     d.drop("cta", "cluster", *SHARED_SPACES)
@@ -729,7 +729,7 @@ def _wait(d: Decoder, what: str) -> Run:
     value = d.source(d.operands[2], "u32" if parity else "b64")
     if len(d.operands) == 4:
         d.source(d.operands[3], "u32")
-    give_up = 0.5 if what == "test_wait" else 0.25
+    give_up = 1.0 if what == "test_wait" else 0.25
 
     def run(w: Any, m: int) -> Any:
         shared = w.shared

@@ -1,4 +1,4 @@
-"""Decode cases through the PTX templates in the emulator, which checks results and synchronisation; and what it notices.
+"""Decode cases through the PTX templates in the emulator, which checks results and synchronisation, and what it sees.
 
 A process each, since the combine after them runs in Triton's interpreter (assembled_main.py).
 """
@@ -19,8 +19,10 @@ import pytest
 TESTS = Path(__file__).resolve().parent.parent
 RUNS = {
     "wide": ("--part=0/4",),
+    "wide, gathered": ("--part=1/4", "--page=0"),
     "wide, bf16, pages of 192": ("--part=7/16", "--dtype=bf16", "--page=192", "lazy=false"),
     "narrow": ("--variant=decode_narrow_asm", "--part=2/4"),
+    "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/4", "--page=0"),
     "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/16", "--dtype=bf16", "lazy=false"),
     "wide, real dims": ("--cases=large", "--part=1/2"),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),

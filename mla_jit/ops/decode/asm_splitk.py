@@ -27,8 +27,9 @@ _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _UNPROVEN = 1e6  # us: a predicted time that no other variant has. Not run on a GPU yet: taken by measured rows alone
-# Parameters of decode_splitk that no template reads: tiles are copied through tensor maps alone.
-_WITHOUT = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
+# Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
+_GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
+_COPIED = ("kv_desc", "kpe_desc")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Template:
     block: Callable[[DecodeProblem], int]
     layout: Callable[[DecodeProblem, Target, Config], dict[str, Any]]
     space: tuple[int, ...]
+
+
+def _gathers(p: DecodeProblem) -> bool:
+    """Whether tiles are gathered token by token: a page does not hold whole tiles, or pages do not lie in a row."""
+    return bool(p.page_size % _BOX) or not p.flat_pages
 
 
 def _boxes(p: DecodeProblem) -> int:
@@ -100,10 +106,6 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"kv_lora_rank {p.kv_lora_rank}, rope_dim {p.rope_dim}: multiples of 8 up to 512 and 64 are served"
     if p.misaligned:
         return f"{', '.join(p.misaligned)}: the base or a stride is no multiple of 16 bytes"
-    if p.page_size % _BOX:
-        return f"page size {p.page_size} is no multiple of a tile of {_BOX} tokens"
-    if not p.flat_pages:
-        return "the cache's page stride is not page_size × token stride: no bulk tensor copies"
     if (reason := template.blocks(p, config)) is not None:
         return reason
     if config["pdl"] and not target.has("pdl"):
@@ -134,15 +136,17 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "BATCH_POW2": splitk._batch_pow2(p),
         "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
-        "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "GATHER": _gathers(p), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel,
+        "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
     }  # fmt: skip
 
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
-    unread = set(_WITHOUT)
+    unread = set(_COPIED if _gathers(p) else _GATHERED)
     unread |= {"q_pe_ptr", "q_pe_stride_t", "q_pe_stride_h"} if p.rope_dim == 0 else set()
+    unread |= {"kpe_ptr", "kpe_stride_page", "kpe_stride_tok"} if p.rope_dim == 0 else set()
     unread |= {"kv_stride_head", "kpe_stride_head"} if p.num_kv_heads == 1 else set()
     unread |= {"kpe_stride_head"} if p.rope_dim == 0 else set()
     unread |= {"table_stride"} if p.paging == "csr" else set()
