@@ -251,6 +251,9 @@ def analytic(problem: Problem, target: Target) -> Choice:
         if (reason := variant.rejects(problem, target, config)) is not None:
             rejected[variant.name] = reason
             continue
+        if variant.measured_only:
+            rejected[variant.name] = "taken by measured rows alone"
+            continue
         time_us = variant.cost(problem, target, config).time_us
         if best is not None and best[0] <= time_us:
             rejected[variant.name] = f"{time_us:.1f} us predicted, {best[1].name} {best[0]:.1f} us"

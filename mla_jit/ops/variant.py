@@ -28,6 +28,9 @@ class Cost:
 class Variant:
     """One kernel family. `rejects` is the only legality predicate: search, default, `supports()` and errors use it.
 
+    `measured_only`: no model takes it, only a measured row (of the shape or of one near by); so for a kernel that no
+    hardware of its targets has run yet. The tuner measures it like any other.
+
     `host`, where set, is the callable of a host variant (no source, no artifact): it takes `(problem, config, inputs)`.
     """
 
@@ -54,6 +57,7 @@ class Variant:
     resize: Callable[[Any, Any, Target, Config], Config] = lambda measured, asked, target, config: config
     revision: int = 1  # raised whenever a change of the template makes older measurements stale
     space: dict[str, tuple[int | str | bool, ...]] = field(default_factory=dict, compare=False, hash=False)
+    measured_only: bool = False
     host: Callable[[Any, Config, Any], None] | None = None
 
 

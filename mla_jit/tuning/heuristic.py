@@ -14,7 +14,6 @@ from typing import Any
 from mla_jit.compile.artifact import Artifact
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
-from mla_jit.ops.decode import gluon
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.target import Target
@@ -27,7 +26,7 @@ _PORT = 3.0  # how much of its even share of the bandwidth one SM can draw when 
 _MEMORY = 0.9  # of the bandwidth that a stream of tiles reaches
 _L2 = 2.0  # how much faster than memory bytes come that another block of rows reads at the same time
 _TILE = 0.1  # of a tile that overlaps with nothing: softmax, barriers
-_SHARE = {"gluon": 0.84, "m64": 0.4, "mma": 0.35}  # of the matrix rate, by kind of kernel
+_SHARE = {"specialised": 0.84, "m64": 0.4, "mma": 0.35}  # of the matrix rate, by kind of kernel
 _COMBINE = 0.7  # of one round of a program of the combine
 _PARTIALS = 1.2  # of 2^20 partials, with the masked ones, through 132 SMs
 _PROGRAM = 0.15  # of each program of the combine on one SM
@@ -59,7 +58,7 @@ def _stage1(
     p: DecodeProblem, target: Target, variant: Variant, config: Config, cut: int, artifact: Artifact | None
 ) -> float:
     """The first kernel: rounds of as many programs as the device holds, each a stream of tiles."""
-    warp_specialised = variant.name == gluon.NAME
+    warp_specialised = "lazy" in config
     block_m, block_n = config.int("block_m"), config.int("block_n")
     stages = config.int("num_stages") if "num_stages" in config else 2
     latent, rope = bucket(max(16, p.kv_lora_rank)), bucket(p.rope_dim)
@@ -93,7 +92,7 @@ def _stage1(
     draw = target.bandwidth_gbps * 1e3 / target.sms  # bytes/µs, an even share
     fresh = 1 / row_blocks + (1 - 1 / row_blocks) / _L2  # of a tile's bytes, in those that come from memory
     memory = tile_bytes * on_one / min(draw * _PORT, draw * _MEMORY * target.sms / busy / fresh)
-    kind = "gluon" if warp_specialised else "m64" if block_m >= 64 and target.has("mma_m64") else "mma"
+    kind = "specialised" if warp_specialised else "m64" if block_m >= 64 and target.has("mma_m64") else "mma"
     flops = 2 * block_m * block_n * (p.head_dim + p.kv_lora_rank)
     products = flops / (target.bf16_tflops * 1e6 / target.sms * _SHARE[kind]) * on_one
     # from the second tile on a program waits if too little is in flight

@@ -43,7 +43,9 @@ def candidates(
     """
     spaces = load(problem.op) if spaces is None else spaces
     defaults = [(variant, variant.default(problem, target)) for variant in variants]
-    ranked = sorted(defaults, key=lambda pair: pair[0].cost(problem, target, pair[1]).time_us)
+    ranked = sorted(
+        defaults, key=lambda pair: (pair[0].measured_only, pair[0].cost(problem, target, pair[1]).time_us)
+    )  # the call's default first
     of_uneven = [pair for pair in ranked if _for_uneven(problem, pair[1])]
     ranked = [pair for pair in ranked if pair not in of_uneven[1:]]  # the cheapest of them stands for all
     found: dict[tuple[Any, ...], Config] = {}

@@ -26,7 +26,6 @@ _BOX_BYTES = _BOX * _BOX * 2
 _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
-_UNPROVEN = 1e6  # us: a predicted time that no other variant has. Not run on a GPU yet: taken by measured rows alone
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
 _GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
 _COPIED = ("kv_desc", "kpe_desc")
@@ -99,9 +98,9 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
     if p.scheduler == "persistent":
         return "the persistent scheduler is asked for"
     if not render.has(target.isa, template.file):
-        return f"there is no template {template.file} for {target.isa}"
+        return f"there is no template {template.file} for {target.name}"
     if p.q_dtype != p.kv_dtype or p.q_dtype not in ("bf16", "fp16"):
-        return f"q is {p.q_dtype} and the cache is {p.kv_dtype}: both must be bf16 or both fp16"
+        return "q and the cache must both be bf16, or both fp16"
     if p.kv_lora_rank > 512 or p.kv_lora_rank % 8 or p.rope_dim > _BOX or p.rope_dim % 8:
         return f"kv_lora_rank {p.kv_lora_rank}, rope_dim {p.rope_dim}: multiples of 8 up to 512 and 64 are served"
     if p.misaligned:
@@ -188,10 +187,12 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     return (dataclasses.replace(like, args=tuple(arg for *_, arg in _arguments(p, target, config))), *rest)
 
 
-def _cost(template: Template, p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """As decode_splitk_gluon's, but taken by nobody: the kernel has not run on a GPU."""
-    found = gluon.cost(p, target, Config.of(gluon.NAME, **{k: v for k, v in config.items() if k != "policy"}))
-    return dataclasses.replace(found, time_us=found.time_us + _UNPROVEN)
+def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
+    """decode_splitk_triton's for blocks of so many rows, times what decode_splitk_gluon's is of it for 64 rows."""
+    found = splitk.cost(p, target, _like(config))
+    return dataclasses.replace(
+        found, time_us=found.time_us * (gluon._beside_triton(p) if config["block_m"] == 64 else 1.0)
+    )
 
 
 def _variant(template: Template, revision: int) -> Variant:
@@ -204,7 +205,7 @@ def _variant(template: Template, revision: int) -> Variant:
         default=lambda p, target: _default(template, p, target),
         sources=lambda p, target, config: _sources(template, p, target, config),
         launches=lambda p, target, config: _launches(template, p, target, config),
-        cost=lambda p, target, config: _cost(template, p, target, config),
+        cost=_cost, measured_only=True,
         workspace_bytes=splitk.workspace_bytes, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
         resize=splitk.resize, space=space,
     )  # fmt: skip

@@ -1,0 +1,149 @@
+"""The PTX templates on an NVIDIA GPU: every case that they accept, forced onto each; bits, replays, and waits that end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+
+import mla_jit
+from mla_jit import ahead, ops, plan, settings, target
+from mla_jit.config import Config
+from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.ops.variant import Variant
+from mla_jit.problem import DecodeProblem
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+VARIANTS = {v.name: v for v in ops.variants("decode") if v.backend == "asm"}
+BF16 = cases.PLAIN
+MINICPM3 = cases.Case(
+    heads=40, C=256, R=32, lens=(4096,), lse=False, **{k: v for k, v in BF16.items() if k not in "CR"}
+)
+
+
+def problem_of(case: cases.Case) -> DecodeProblem:
+    """The problem of a case, from a call of its that is small."""
+    call = cases.build(case)
+    return decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+
+
+def accepted(name: str) -> list[cases.Case]:
+    """The cases that a variant takes; told without a GPU."""
+    variant, hopper = VARIANTS[name], target.by_name("sm_90")
+    found = []
+    for case in dict.fromkeys((*cases.GPU, MINICPM3)):
+        plain = case.q_dtype == case.kv_dtype in ("bf16", "fp16") and "odd" not in (case.q_view, case.kv_view)
+        rows = case.heads // case.kv_heads * max(case.q_tokens, default=1)
+        config = variant.default(DecodeProblem(num_heads=max(1, rows)), hopper)
+        problem = DecodeProblem(num_heads=max(1, rows), kv_lora_rank=case.C, rope_dim=case.R)
+        if plain and variant.rejects(problem, hopper, config) is None:
+            found.append(case)
+    return found
+
+
+CASES = [(name, case) for name in VARIANTS for case in accepted(name)]
+
+
+def install(problem: DecodeProblem, variant: Variant, **changes: Any) -> Config | None:
+    """From now on calls like this one have this variant's default; None where it refuses."""
+    here = target.of_device("cuda", 0)
+    config = variant.default(problem, here).replace(**changes)
+    if variant.rejects(problem, here, config) is not None:
+        return None
+    exported = json.loads(plan.export([problem], here))
+    exported["choices"][0]["config"] = config.to_json()
+    mla_jit.reload()
+    assert plan.load(json.dumps(exported).encode(), here) == 1
+    return config
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Choices that a test has installed are forgotten."""
+    yield
+    mla_jit.reload()
+
+
+@pytest.fixture(scope="module")
+def built(request: pytest.FixtureRequest) -> dict[tuple[str, cases.Case], cases.Call]:
+    """The chosen cases' tensors, with their kernels in the cache."""
+    here = target.of_device("cuda", 0)
+    chosen = [i.callspec.params["which"] for i in request.session.items if "which" in getattr(i, "callspec", i).params]
+    calls, jobs = {}, []
+    for name, case in chosen:
+        call = calls[name, case] = cases.build(case, DEVICE)
+        problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+        config = VARIANTS[name].default(problem, here)
+        if VARIANTS[name].rejects(problem, here, config) is None:
+            jobs += [ahead.Job(here.name, source, problem) for source in VARIANTS[name].sources(problem, here, config)]
+    ahead.build_all(list({job.source.key: job for job in jobs}.values()))
+    return calls
+
+
+def decode(call: cases.Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    result = mla_jit.decode(call.q, call.kv_cache, **call.kwargs)
+    return result if call.case.lse else (result, None)
+
+
+@pytest.mark.parametrize("which", CASES, ids=lambda w: f"{w[0]}-{w[1].id}")
+def test_case(which: tuple[str, cases.Case], built: dict[tuple[str, cases.Case], cases.Call]) -> None:
+    call = built.pop(which)
+    problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+    if install(problem, VARIANTS[which[0]]) is None:
+        return  # its tensors lie in a way that the predicate refuses, which other tests are about
+    call.poison()
+    out, lse = decode(call)
+    cases.check(call, out, lse)
+    dispatch = mla_jit.last_dispatch()
+    assert dispatch is not None
+    assert dispatch.variant == which[0]
+    first = out.clone()
+    call.poison()
+    again, _ = decode(call)
+    written = len(first) if "qo_indptr" not in call.kwargs else int(call.kwargs["qo_indptr"][-1])
+    assert torch.equal(again[:written].view(torch.uint8), first[:written].view(torch.uint8))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("page", [64, 1])
+def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
+    long = cases.Case(heads=16, lens=(5000, 3000, 700, 64), **{**BF16, "page": page})
+    call = cases.build(long, DEVICE)
+    problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+    assert install(problem, VARIANTS[name]) is not None
+    out, lse = decode(call)  # compiles and loads
+    cases.check(call, out, lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = decode(call)
+    for shorter in ((1, 3000, 0, 64), (4999, 65, 128, 1), long.lens):
+        call.kwargs["seq_lens"].copy_(torch.tensor(shorter, device=DEVICE))
+        call._expected = None
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected, _ = call.expected()
+        found = out.double().reshape(expected.shape)
+        gap = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+        owned = torch.tensor([n > 0 for n in shorter], device=DEVICE)
+        assert gap[owned].max() <= 6e-3
+        assert (found[~owned] == 0).all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bounded_waits_end_well(name: str) -> None:
+    """The debug build gives the same bits, and no wait of it is in vain."""
+    call = cases.build(cases.Case(heads=16, lens=(900, 64, 1), **BF16), DEVICE)
+    problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+    assert install(problem, VARIANTS[name]) is not None
+    plain, _ = decode(call)
+    with settings.scope(bounded_waits=True):
+        assert install(problem, VARIANTS[name]) is not None
+        bounded, lse = decode(call)
+    cases.check(call, bounded, lse)
+    assert torch.equal(plain, bounded)
