@@ -1,4 +1,4 @@
-"""The PTX templates on an NVIDIA GPU: every case that they accept, forced onto each; bits, replays, and waits that end."""
+"""The PTX templates on an NVIDIA GPU: every case that they accept, forced onto each; bits, replays, bounded waits."""
 
 from __future__ import annotations
 
@@ -21,15 +21,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 VARIANTS = {v.name: v for v in ops.variants("decode") if v.backend == "asm"}
 BF16 = cases.PLAIN
-MINICPM3 = cases.Case(
-    heads=40, C=256, R=32, lens=(4096,), lse=False, **{k: v for k, v in BF16.items() if k not in "CR"}
-)
-
-
-def problem_of(case: cases.Case) -> DecodeProblem:
-    """The problem of a case, from a call of its that is small."""
-    call = cases.build(case)
-    return decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R": 32})
 
 
 def accepted(name: str) -> list[cases.Case]:
@@ -73,7 +65,8 @@ def forgotten() -> Iterator[None]:
 def built(request: pytest.FixtureRequest) -> dict[tuple[str, cases.Case], cases.Call]:
     """The chosen cases' tensors, with their kernels in the cache."""
     here = target.of_device("cuda", 0)
-    chosen = [i.callspec.params["which"] for i in request.session.items if "which" in getattr(i, "callspec", i).params]
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    chosen = [each["which"] for each in parameters if "which" in each]
     calls, jobs = {}, []
     for name, case in chosen:
         call = calls[name, case] = cases.build(case, DEVICE)

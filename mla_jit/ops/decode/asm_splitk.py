@@ -190,9 +190,8 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
 def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     """decode_splitk_triton's for blocks of so many rows, times what decode_splitk_gluon's is of it for 64 rows."""
     found = splitk.cost(p, target, _like(config))
-    return dataclasses.replace(
-        found, time_us=found.time_us * (gluon._beside_triton(p) if config["block_m"] == 64 else 1.0)
-    )
+    wide = gluon._beside_triton(p) if config["block_m"] == _BOX else 1.0
+    return dataclasses.replace(found, time_us=found.time_us * wide)
 
 
 def _variant(template: Template, revision: int) -> Variant:
