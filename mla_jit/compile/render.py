@@ -175,7 +175,7 @@ def _marked(number: int, text: str) -> str:
     """The text with its line numbers in comments, on lines that come out as they stand."""
     lines = []
     for line, what in enumerate(text.splitlines(), 1):
-        bare = _COMMENT.sub("", what)
+        bare = re.sub(r"%}\s+{#", "%}{#", _COMMENT.sub("", what))
         plain = bare.endswith((";", ":", "{", "}")) and not bare.endswith(("%}", "}}", "#}"))
         lines.append(f"{bare} //@{number}:{line}" if plain else bare)
     return "\n".join(lines) + "\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -209,7 +208,7 @@ def _counted(
 ) -> Shape:  # fmt: skip
     """`compiled` are the first kernels of the shapes before, by search; this one's are added."""
     candidates = sweep.candidates(problem, target)
-    measured = {"auto": search._count(len(candidates)), "exhaustive": len(candidates)}
+    measured = {"auto": search.measured(problem, candidates), "exhaustive": len(candidates)}
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
     first = [
         rows[config.variant].sources(problem, target, config)[0]
@@ -220,7 +219,7 @@ def _counted(
     seconds: dict[str, float] = {}
     for how, count in measured.items():
         # which kernels `auto` comes to want is not known before: so many as it may, of those that are ranked first
-        wanted = set(first if count == len(candidates) else first[: _most_kernels(len(first))])
+        wanted = set(first if count == len(candidates) else first[: search.compiled(problem, candidates)])
         seconds[f"{how}_s"] = MEASURED_S * count + PLAYOFF_S + COMPILED_S * len(wanted - compiled[how]) / jobs
         seconds[f"{how}_s"] += slow_s[0] * count + slow_s[1] * search._PASSES * (search._FINALISTS + 1)
         compiled[how] |= wanted
@@ -234,11 +233,6 @@ def _beyond_s(problem: Tunable, target: Target, default: Sequence[Config], effor
     rounds, window_ms = sweep.EFFORTS[effort]
     call_ms = min((search._predictor(problem, target)(config) for config in default), default=0.0) * 1e-3
     return rounds * max(0.0, call_ms - window_ms) * 1e-3
-
-
-def _most_kernels(kernels: int) -> int:
-    """How many of so many first kernels an `auto` search may have compiled."""
-    return math.ceil(search._MORE_KERNELS * max(6, math.ceil(search._KERNELS * kernels)))
 
 
 def families(shapes: Sequence[Shape]) -> dict[tuple[Tunable, tuple[str, ...]], list[Shape]]:

@@ -114,7 +114,7 @@ def tune(
         predict = rank or _predictor(problem, target)
         predicted = {c: predict(c) for c in everything}
         everything.sort(key=lambda c: (predicted[c], c.to_json()))
-        sweep.search(everything, asked, predicted, exhaustive=search == "exhaustive")
+        sweep.search(_by_backend(problem, everything), asked, predicted, exhaustive=search == "exhaustive")
     except _BudgetSpent:
         stopped = "budget"
     except KeyboardInterrupt:
@@ -126,7 +126,19 @@ def tune(
 
 def first(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
     """With which of the candidates an `auto` search begins, as far as can be said before it: to compile them early."""
-    return [*candidates[:1], *_leaders(_ranked(problem, target, candidates))]
+    families = _by_backend(problem, _ranked(problem, target, candidates))
+    return [*candidates[:1], *itertools.chain(*map(_leaders, families))]
+
+
+def measured(problem: Tunable, candidates: Iterable[Config]) -> int:
+    """How many of the candidates `auto` measures."""
+    return sum(_count(len(family)) for family in _by_backend(problem, candidates))
+
+
+def compiled(problem: Tunable, candidates: Iterable[Config]) -> int:
+    """How many of their first kernels it may have compiled."""
+    counts = [len({_kernel(config) for config in family}) for family in _by_backend(problem, candidates)]
+    return sum(math.ceil(_MORE_KERNELS * _most_kernels(count)) for count in counts)
 
 
 def kernels(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
@@ -142,8 +154,17 @@ def _ranked(problem: Tunable, target: Target, candidates: Iterable[Config]) -> l
     return sorted(candidates, key=lambda c: (predict(c), c.to_json()))
 
 
+def _by_backend(problem: Tunable, ranked: Iterable[Config]) -> list[list[Config]]:
+    """Families, by the backend of the variant: what one teaches says little of another, so none takes its places."""
+    backends = {variant.name: variant.backend for variant in ops.variants(problem.op)}
+    found: dict[str, list[Config]] = {}
+    for config in ranked:
+        found.setdefault(backends.get(config.variant, ""), []).append(config)
+    return list(found.values())
+
+
 def _count(candidates: int) -> int:
-    """How many of so many `auto` measures."""
+    """How many of so many of a family `auto` measures."""
     share = max(_SHARE * candidates, _COST * candidates - _TAIL)
     return min(candidates, max(_LEAST, min(_MOST, math.ceil(share))))
 
@@ -195,38 +216,45 @@ class _Sweep:
         self.asked: Sequence[Config] = ()
 
     def search(
-        self, ranked: Sequence[Config], asked: Sequence[Config], predicted: Mapping[Config, float], exhaustive: bool
-    ) -> None:
-        count = _count(len(ranked))
+        self, families: Sequence[Sequence[Config]], asked: Sequence[Config], predicted: Mapping[Config, float],
+        exhaustive: bool,
+    ) -> None:  # fmt: skip
+        ranked = list(itertools.chain(*families))
+        count = sum(_count(len(family)) for family in families)
         exhaustive = exhaustive or count == len(ranked)
         count = len(ranked) if exhaustive else count
-        guide = _Guide(ranked, predicted)
         leaders = max(_LEADERS[0], min(_LEADERS[1], count // 8))
         planned = count + leaders + _PASSES * (_FINALISTS + len(asked))
         self.asked = asked
         self.on_event("start", {"candidates": len(ranked), "planned": planned})
         if not exhaustive:  # so that these are compiled while the first are measured
-            self.on_event("shortlist", {"effort": SHORT, "configs": (*asked, *_leaders(ranked))})
+            configs = (*asked, *itertools.chain(*map(_leaders, families)))
+            self.on_event("shortlist", {"effort": SHORT, "configs": configs})
         self.rung(asked, SHORT)
         if exhaustive:
             self.rung([c for c in ranked if c not in asked], SHORT)
         else:
-            self.explore(guide, asked, count - len(asked))
+            self.explore([_Guide(family, predicted) for family in families], asked)
         self.rung(self.best()[:leaders], LONGER)
         self.playoff(list(dict.fromkeys([*self.best()[:_FINALISTS], *asked])))
 
-    def explore(self, guide: _Guide, asked: Sequence[Config], count: int) -> None:
-        """Chooses and measures `count` configs in batches: each group's best, what promises most, kin of the best."""
-        for config in asked:
-            guide.choose(config)
-        before = list(asked)
+    def explore(self, guides: Sequence[_Guide], asked: Sequence[Config]) -> None:
+        """Measures in batches, of each family in turn: each group's best, what promises most, kin of the best."""
+        before: list[list[Config]] = []
+        for guide in guides:
+            before.append([guide.choose(config) for config in asked if config in guide.place])
+        left = [_count(len(guide.ranked)) - len(mine) for guide, mine in zip(guides, before, strict=True)]
         for i, share in enumerate(_BATCHES):
-            for config in before:
-                guide.learn(config, self.trials.get((config, SHORT)))
-            size = max(1, round(count * share))
-            before = guide.kin(self.best(), size) if i >= len(_BATCHES) - _KIN_BATCHES else []
-            before += guide.next(size - len(before), by_group=i == 0)
-            self.rung(before, SHORT)
+            for n, guide in enumerate(guides):
+                for config in before[n]:
+                    guide.learn(config, self.trials.get((config, SHORT)))
+                size = max(1, round(left[n] * share))
+                best = [config for config in self.best() if config in guide.place]
+                kin = best and i >= len(_BATCHES) - _KIN_BATCHES
+                before[n] = guide.kin(best, size) if kin else []
+                before[n] += guide.next(size - len(before[n]), by_group=i == 0)
+            turns = itertools.chain(*itertools.zip_longest(*before))
+            self.rung([config for config in turns if config is not None], SHORT)
 
     def rung(self, configs: Sequence[Config], effort: int) -> None:
         todo = []

@@ -18,13 +18,15 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 RUNS = {
-    "wide": ("--part=0/4",),
-    "wide, gathered": ("--part=1/4", "--page=0"),
+    "wide": ("--part=0/8",),
+    "wide, gathered": ("--part=1/8", "--page=0"),
+    "wide, tiles of 32": ("--part=2/8", "block_n=32"),
     "wide, bf16, pages of 192": ("--part=7/16", "--dtype=bf16", "--page=192", "lazy=false"),
-    "narrow": ("--variant=decode_narrow_asm", "--part=2/4"),
-    "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/4", "--page=0"),
+    "narrow": ("--variant=decode_narrow_asm", "--part=4/8"),
+    "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/8", "--page=0"),
     "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/16", "--dtype=bf16", "lazy=false"),
-    "wide, real dims": ("--cases=large", "--part=1/2"),
+    "wide, real dims": ("--cases=large", "--part=1/3"),
+    "wide, real dims, tiles of 32": ("--cases=large", "--part=2/5", "block_n=32"),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
 }
 

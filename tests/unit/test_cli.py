@@ -211,7 +211,8 @@ def test_support(monkeypatch, tmp_path):
 
     file = tmp_path / "evidence.jsonl"
     file.write_text("")
-    monkeypatch.setattr(support.resources, "path", lambda *parts: file)
+    real = support.resources.path
+    monkeypatch.setattr(support.resources, "path", lambda *parts: file if parts == support.EVIDENCE else real(*parts))
     support.evidence.cache_clear()
     try:
         assert run_json("support", code=1)["failures"] == []  # nothing shown of anything

@@ -23,7 +23,9 @@ CELLS = support.matrix()
 
 def test_the_matrix_has_every_cell_once():
     assert len({cell.key for cell in CELLS}) == len(CELLS)
-    assert len(CELLS) == len(ops.OPS) * len(support.BACKENDS) * len(support.DTYPE_PAIRS) * len(target.targets())
+    backends = {(op, variant.backend) for op in ops.OPS for variant in ops.variants(op)}
+    assert {backend for _, backend in backends} == set(support.BACKENDS)
+    assert len(CELLS) == len(backends) * len(support.DTYPE_PAIRS) * len(target.targets())
 
 
 def test_a_refused_cell_has_a_reason_and_the_others_have_evidence():

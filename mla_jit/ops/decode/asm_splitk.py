@@ -44,12 +44,13 @@ class Template:
     blocks: Callable[[DecodeProblem, Config], str | None]
     block: Callable[[DecodeProblem], int]
     layout: Callable[[DecodeProblem, Target, Config], dict[str, Any]]
-    space: tuple[int, ...]
+    space: tuple[int, ...]  # of block_m
+    tiles: tuple[int, ...]  # of block_n
 
 
-def _gathers(p: DecodeProblem) -> bool:
+def _gathers(p: DecodeProblem, config: Config) -> bool:
     """Whether tiles are gathered token by token: a page does not hold whole tiles, or pages do not lie in a row."""
-    return bool(p.page_size % _BOX) or not p.flat_pages
+    return bool(p.page_size % config.int("block_n")) or not p.flat_pages
 
 
 def _boxes(p: DecodeProblem) -> int:
@@ -57,12 +58,17 @@ def _boxes(p: DecodeProblem) -> int:
 
 
 def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """q, two tiles, maxima and sums of 64 rows, barriers. A tile has an even number of boxes, and the rope's."""
+    """q, buffers for 128 tokens, maxima and sums of rows, barriers. A tile: an even number of boxes, and the rope's."""
     boxes = -(-_boxes(p) // 2) * 2 + 1
-    tile = boxes * _BOX_BYTES
-    rows = 3 * tile
+    tokens = config.int("block_n")
+    buffers = 128 // tokens
+    q, tile = boxes * _BOX_BYTES, boxes * tokens * 128
+    rows = q + buffers * tile
     barriers = rows + 4 * 64 * 4
-    return {"Q": 0, "K": [tile, 2 * tile], "ROWS": rows, "BARRIERS": barriers, "ARENA": barriers + 8 * (2 * boxes + 4)}
+    return {
+        "Q": 0, "K": [q + i * tile for i in range(buffers)], "ROWS": rows, "BARRIERS": barriers,
+        "ARENA": barriers + buffers * 8 * (boxes + 2),
+    }  # fmt: skip
 
 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str
 
 WIDE = Template(
     name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p: 64,
-    layout=_wide_layout, space=(64,),
+    layout=_wide_layout, space=(64,), tiles=(32, 64),
 )  # fmt: skip
 NARROW = Template(
     name="decode_narrow_asm", file="decode_narrow.ptx",
@@ -89,7 +95,7 @@ NARROW = Template(
         else None
     ),
     block=lambda p: min(_NARROW, max(8, -(-p.rows // 8) * 8)),
-    layout=_narrow_layout, space=(8, 16, 24, 32),
+    layout=_narrow_layout, space=(8, 16, 24, 32), tiles=(64,),
 )  # fmt: skip
 
 
@@ -107,6 +113,8 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"{', '.join(p.misaligned)}: the base or a stride is no multiple of 16 bytes"
     if (reason := template.blocks(p, config)) is not None:
         return reason
+    if config["block_n"] != _BOX and _gathers(p, config):
+        return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
     if config["pdl"] and not target.has("pdl"):
         return f"{target.name} has no programmatic dependent launch"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
@@ -119,6 +127,8 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
 def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them."""
     like = dict(gluon.default(p, target)) | {"block_m": template.block(p)}
+    if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
+        like["block_n"] = min(template.tiles)  # copied, not gathered
     config = Config.of(template.name, **like, policy="evict_first")
     return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
 
@@ -135,15 +145,15 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "BATCH_POW2": splitk._batch_pow2(p),
         "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
-        "GATHER": _gathers(p), "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel,
-        "HAS_LENS": p.has_lens,
+        "TOKENS": config.int("block_n"), "GATHER": _gathers(p, config), "CAUSAL": p.causal and p.q_len > 1,
+        "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
     }  # fmt: skip
 
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
-    unread = set(_COPIED if _gathers(p) else _GATHERED)
+    unread = set(_COPIED if _gathers(p, config) else _GATHERED)
     unread |= {"q_pe_ptr", "q_pe_stride_t", "q_pe_stride_h"} if p.rope_dim == 0 else set()
     unread |= {"kpe_ptr", "kpe_stride_page", "kpe_stride_tok"} if p.rope_dim == 0 else set()
     unread |= {"kv_stride_head", "kpe_stride_head"} if p.num_kv_heads == 1 else set()
@@ -155,7 +165,8 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
     found = []
     for name, kind, arg in splitk._stage1(p, target, _like(config))[1]:
         if arg.kind == "tma":
-            kind, arg = f"tma<{p.kv_dtype}[{_BOX},{_BOX}]>", dataclasses.replace(arg, block=(_BOX, _BOX))
+            box = (config.int("block_n"), _BOX)
+            kind, arg = f"tma<{p.kv_dtype}[{box[0]},{box[1]}]>", dataclasses.replace(arg, block=box)
         if name not in unread:
             found.append((name, kind, arg))
     return found
@@ -196,7 +207,7 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 def _variant(template: Template, revision: int) -> Variant:
     space: dict[str, tuple[int | str | bool, ...]] = {
-        **gluon.SPACE, "block_m": template.space, "policy": ("evict_first", "evict_normal"),
+        **gluon.SPACE, "block_m": template.space, "block_n": template.tiles, "policy": ("evict_first", "evict_normal"),
     }  # fmt: skip
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
