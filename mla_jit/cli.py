@@ -143,6 +143,14 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 @click.option(
     "--batch-invariant/--no-batch-invariant", default=False, show_default=True, help="Whether calls ask for it."
 )
+@click.option(
+    "--scheduler",
+    type=click.Choice(["auto", "persistent"]),
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    help="What calls ask for; persistent: with lists of their own and with shared ones, AITER's metadata among them.",
+)
 @click.option("--max-batch", type=click.IntRange(1), default=1024, show_default=True, help="Most sequences a call.")
 @click.option(
     "--op",
@@ -163,8 +171,8 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 def _compile(
     target: tuple[str, ...], model: str, tp: int, dtype: tuple[str, ...], page_size: tuple[int, ...],
     q_len: tuple[int, ...], paging: tuple[str, ...], lse: str, ragged: str, scales: str, causal: bool,
-    batch_invariant: bool, max_batch: int, op: str, sms: int | None, max_kv_len: int | None, jobs: int | None,
-    verbose: bool, as_json: bool,
+    batch_invariant: bool, scheduler: tuple[str, ...], max_batch: int, op: str, sms: int | None,
+    max_kv_len: int | None, jobs: int | None, verbose: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Compile every kernel that serving a model needs, into the cache. Needs no GPU.
 
@@ -185,11 +193,14 @@ def _compile(
             plans.append(ahead.jobs_of(models.merge_problems(row, there, tp=tp, dtypes=dtype or None), there))
         if op == "prefill":
             continue
-        kinds = models.decode_problems(
-            row, there, tp=tp, dtypes=dtype or None, page_sizes=page_size, q_lens=q_len, pagings=paging, lse=which[lse],
-            ragged=which[ragged], scales=scales, causal=causal, batch_invariant=batch_invariant,
-        )  # fmt: skip
-        plans.append(ahead.jobs_of(ahead.of_any_size(kinds, there, max_batch=max_batch, max_kv_len=max_kv_len), there))
+        for asked, planned in ((s, p) for s in dict.fromkeys(scheduler) for p in models.PLANNED[s]):
+            kinds = models.decode_problems(
+                row, there, tp=tp, dtypes=dtype or None, page_sizes=page_size, q_lens=q_len, pagings=paging,
+                lse=which[lse], ragged=which[ragged], scales=scales, causal=causal, batch_invariant=batch_invariant,
+                scheduler=asked, planned=planned,
+            )  # fmt: skip
+            sizes = ahead.of_any_size(kinds, there, max_batch=max_batch, max_kv_len=max_kv_len)
+            plans.append(ahead.jobs_of(sizes, there))
     started = time.perf_counter()
     todo = [job for plan in plans for job in plan.jobs]
     built = _with_progress(todo, jobs)

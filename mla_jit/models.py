@@ -84,6 +84,9 @@ def dtypes_on(name: str, target: Target) -> tuple[str, str]:
     return pair
 
 
+PLANNED = {"auto": (False,), "persistent": (False, True)}  # by scheduler: whether calls may bring a work list
+
+
 def decode_problems(
     model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None,
     page_sizes: Sequence[int] = (64,), q_lens: Sequence[int] = (1, 2), pagings: Sequence[str] = ("table", "csr"),

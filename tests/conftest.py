@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before anything reads the environment."""
     for name in [n for n in os.environ if n.startswith(("MLA_JIT_", "TRITON_"))]:
         del os.environ[name]
+    if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several torches on the same CPUs wait for each other
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     directory = tempfile.TemporaryDirectory(prefix="mla_jit-tests-")
     os.environ["XDG_CACHE_HOME"] = directory.name
     config.add_cleanup(directory.cleanup)

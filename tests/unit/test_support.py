@@ -10,8 +10,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mla_jit import ahead, models, ops, plan, resources, settings, support, target
+from mla_jit.compat import aiter as compat_aiter
 from mla_jit.compile import cache
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CacheMiss, InvalidInput
@@ -182,6 +184,27 @@ def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp):
         choice = plan.choose(problem, there)
         for source in choice.variant.sources(problem, there, choice.config):
             assert source.key in ready, f"{source.name} of {problem}"
+
+
+@pytest.mark.parametrize("name", ["sm_90", "gfx950"])
+def test_schedules_are_compiled_ahead_too(name):
+    """The persistent scheduler's kernels, by a list of the call's own and by a shared one, made in AITER's spelling."""
+    there, model, rng = target.by_name(name), models.by_name("deepseek-v3"), random.Random(0)
+    ready = set()
+    for planned in models.PLANNED["persistent"]:
+        kinds = models.decode_problems(
+            model, there, tp=8, page_sizes=(64,), dtypes=("bf16",), scheduler="persistent", planned=planned
+        )
+        ready |= {job.source.key for job in ahead.jobs_of(ahead.of_any_size(kinds, there), there).jobs}
+    bf16 = torch.bfloat16
+    for _ in range(60):
+        batch, q_len = rng.choice((1, 7, 64, 300)), rng.choice((1, 2))
+        groups = rng.choice((None, 99))
+        made = compat_aiter._problem(batch, q_len, 16, 1, bf16, bf16, page_size=64, planned=True, groups=groups)
+        for problem in (made, dataclasses.replace(made, planned=False, groups=None, lse=True)):
+            choice = plan.choose(problem, there)
+            for source in choice.variant.sources(problem, there, choice.config):
+                assert source.key in ready, f"{source.name} of {problem}"
 
 
 def test_strict_mode_finds_what_was_compiled_ahead_and_nothing_else(cache_dir):
