@@ -95,6 +95,8 @@ class CudaBound:
         with self._lock:
             self._pack(self._block, 0, *pointers, *floats)
             if self._maps and self._mapped != (mapped := [pointers[i] for i in self._map_operands]):
+                if len(self._encoded) + len(self._maps) > _MAPS_KEPT:
+                    self._encoded.clear()
                 for i, (operand, number, position, box, arg) in enumerate(self._maps):
                     self._packed.point(number, position, self._map(i, pointers[operand], box, arg))
                 self._mapped = mapped
@@ -114,8 +116,6 @@ class CudaBound:
     def _map(self, index: int, pointer: int, box: dict[str, Any], arg: Arg) -> int:
         """The address of the encoded tensor map for a buffer at `pointer`, kept for the next call."""
         if (index, pointer) not in self._encoded:
-            if len(self._encoded) >= _MAPS_KEPT:
-                self._encoded.clear()
             made = encode_map(pointer, self._binding.views[arg.name], box)
             self._encoded[index, pointer] = (int(made.getPtr()), made)
         return self._encoded[index, pointer][0]

@@ -77,7 +77,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str
     copied = _boxes(p) + (1 if p.rope_dim else 0)
     q, weights, maxima = (_boxes(p) + 1) * n * 128, n * 128, 16 * n
     slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
-    slots = max(copied, min(slots, _TILES * copied))
+    slots = max(2 * copied, min(slots, _TILES * copied))  # fewer than two tiles: the gatherer would wait for itself
     ring = slots * _BOX_BYTES
     at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}

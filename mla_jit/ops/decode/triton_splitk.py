@@ -495,6 +495,9 @@ def combine(
             used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
     q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
     q_tok = q_first + tok
+    if PDL:  # noqa: SIM102  known to the compiler, `pid` is not
+        if pid == 0:  # so that this grid does not end before stage 1 does: what comes next is ordered after this one
+            gdc_wait()
     if (used <= 1) or (tok >= q_len):
         return
     if PDL:
