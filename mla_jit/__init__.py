@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "decode": "api", "decode_plan": "api", "DecodePlan": "api", "warmup": "api", "supports": "api",
     "last_dispatch": "api", "export_plan": "api", "load_plan": "api", "reload": "api", "autotune": "tuning.auto",
-    "decode_metadata": "api", "decode_metadata_info": "api", "DecodeMetadata": "api",
+    "decode_metadata": "api_metadata", "decode_metadata_info": "api_metadata", "DecodeMetadata": "api_metadata",
     "prefill": "api_prefill", "prefill_paged": "api_prefill", "merge_state": "api_prefill",
     "Dispatch": "plan", "Support": "plan", "DecodeProblem": "problem", "PrefillProblem": "problem",
     "Problem": "problem",
@@ -26,11 +26,8 @@ __all__ = [*_HOMES]  # noqa: PLE0604  the table is the list
 if TYPE_CHECKING:
     from mla_jit import compat as compat
     from mla_jit import errors as errors
-    from mla_jit.api import DecodeMetadata as DecodeMetadata
     from mla_jit.api import DecodePlan as DecodePlan
     from mla_jit.api import decode as decode
-    from mla_jit.api import decode_metadata as decode_metadata
-    from mla_jit.api import decode_metadata_info as decode_metadata_info
     from mla_jit.api import decode_plan as decode_plan
     from mla_jit.api import export_plan as export_plan
     from mla_jit.api import last_dispatch as last_dispatch
@@ -38,6 +35,9 @@ if TYPE_CHECKING:
     from mla_jit.api import reload as reload
     from mla_jit.api import supports as supports
     from mla_jit.api import warmup as warmup
+    from mla_jit.api_metadata import DecodeMetadata as DecodeMetadata
+    from mla_jit.api_metadata import decode_metadata as decode_metadata
+    from mla_jit.api_metadata import decode_metadata_info as decode_metadata_info
     from mla_jit.api_prefill import merge_state as merge_state
     from mla_jit.api_prefill import prefill as prefill
     from mla_jit.api_prefill import prefill_paged as prefill_paged

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_jit import cli_tuning
+from mla_jit import cli_progress
 from mla_jit.cli_options import DONE, SHORT, print_json, repeated, verb
 from mla_jit.errors import InvalidInput
 
@@ -286,7 +286,7 @@ def verify(db: Path | None, shipped: bool, limit: int | None, tolerance: float, 
     todo = database.verifiable(None if shipped else _path(db), there, limit)
     done: list[database.Verified] = []
     interrupted = False
-    with pool.Pool(devices) as workers, cli_tuning._bar(len(todo.rows), as_json) as advance:
+    with pool.Pool(devices) as workers, cli_progress.advancing(len(todo.rows), as_json) as advance:
         try:
             for row in database.verify(todo.rows, devices, workers, tolerance=tolerance, timeout_s=timeout):
                 done.append(row)

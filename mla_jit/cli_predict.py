@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mla_jit import cli_tuning
+from mla_jit import cli_progress, cli_tuning
 from mla_jit.cli_options import DONE, SHORT, print_json, verb
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def predict(
     problems = cli_tuning._problems(there, options, None)
     path = predictions.path_of(directory, there)
     kept = predictions.beside(path, problems, there)
-    with cli_tuning._bar(kernels, as_json) as advance:
+    with cli_progress.advancing(kernels, as_json) as advance:
         found = predictions.predict(
             problems, there, margin=margin / 100, most_kernels=kernels, workers=jobs, kept=kept,
             command=" ".join(["mla-tune", *sys.argv[1:]]), on_built=lambda built: advance(_built(built)),

@@ -24,7 +24,7 @@ import cases
 import ptx_machine
 import torch
 from asm_mistakes import MISTAKES
-from interpreted_main import RED, interpretable, say
+from interpreted_main import RED, interpretable, outputs, run_each, say
 
 from mla_jit import ops
 from mla_jit.compile import render
@@ -107,11 +107,7 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor | None, ptx_machine.Statistics]:
     """The call's (out, lse), and what ran. AssertionError if a kernel writes beside the workspace."""
     problem = inputs.problem
-    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
-    if out is None:
-        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
-    if lse is None and problem.lse:
-        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    out, lse = outputs(inputs)
     size = variant.workspace_bytes(problem, target, config)
     workspace = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
     tensors = {**inputs.tensors, "out": out, "lse": lse, "workspace": workspace}
@@ -182,22 +178,10 @@ def main() -> int:
     first, step = map(int, options.part.split("/"))
     if options.cases == "mistakes":
         return alive(variant, target, options.seed)
-    failures = 0
-    for case in {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]:
-        case = fitting(interpretable(case, options.dtype), options.page)
-        if options.only not in case.id:
-            continue
-        line: dict[str, Any] = {"case": case.id}
-        started = time.perf_counter()
-        try:
-            line |= judged(case, variant, target, changes, options.seed)
-        except Exception as error:  # one bad case must not hide the others
-            line["error"] = f"{type(error).__name__}: {error}"
-            failures += 1
-        say(line | {"seconds": round(time.perf_counter() - started, 3)})
-        if failures and options.stop:
-            break
-    return min(failures, 100)
+    cases_of = {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]
+    fit = [fitting(interpretable(case, options.dtype), options.page) for case in cases_of]
+    chosen = [case for case in fit if options.only in case.id]
+    return run_each(chosen, lambda case: judged(case, variant, target, changes, options.seed), options.stop)
 
 
 if __name__ == "__main__":

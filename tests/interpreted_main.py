@@ -16,6 +16,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,22 @@ from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch import interpreter
 from mla_jit.launch.base import Binding
-from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target, by_name
 
 RED = 1 << 20  # bytes on each side of the workspace
+
+
+def outputs(inputs: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse) of a call: the caller's, else new ones of NaN."""
+    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
+    if out is None:
+        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[inputs.problem.out_dtype].torch))
+    if lse is None and inputs.problem.lse:
+        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    return out, lse
 
 
 def decode(
@@ -50,11 +61,7 @@ def decode(
             config = config.replace(**{name: value})
     if (reason := variant.rejects(problem, target, config)) is not None:
         raise AssertionError(f"{call.case.id} is refused: {reason}")
-    out, lse = inputs.tensors["out"], inputs.tensors["lse"]
-    if out is None:
-        out = torch.full(inputs.out_shape, float("nan"), dtype=getattr(torch, DTYPES[problem.out_dtype].torch))
-    if lse is None and problem.lse:
-        lse = torch.full(inputs.out_shape[:-1], float("nan"))
+    out, lse = outputs(inputs)
     size = variant.workspace_bytes(problem, target, config)
     memory = torch.full((size + 2 * RED,), 0xFF, dtype=torch.uint8)
     tensors = {**inputs.tensors, "out": out, "lse": lse}
@@ -96,6 +103,23 @@ def say(line: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def run_each(chosen: Iterable[cases.Case], judged: Callable[[cases.Case], dict[str, Any]], stop: bool) -> int:
+    """Says a line for each case, what `judged` gives or why it failed; the number of failures, at most 100."""
+    failures = 0
+    for case in chosen:
+        line: dict[str, Any] = {"case": case.id}
+        started = time.perf_counter()
+        try:
+            line |= judged(case)
+        except Exception as error:  # one bad case must not hide the others
+            line["error"] = f"{type(error).__name__}: {error}"
+            failures += 1
+        say(line | {"seconds": round(time.perf_counter() - started, 3)})
+        if failures and stop:
+            break
+    return min(failures, 100)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_80")
@@ -112,29 +136,21 @@ def main() -> int:
     say({"package": str(Path(mla_jit.__file__).parent)})
     variant = next(v for v in ops.variants("decode") if v.name == options.variant)
     target = dataclasses.replace(by_name(options.target), sms=options.sms)
-    failures = 0
     first, step = map(int, options.part.split("/"))
+    chosen = []
     for case in cases.SMALL[first::step]:
         case = of_variant(interpretable(case, options.dtype), variant)
         if 0 < case.R < options.rope_dim:
             case = dataclasses.replace(case, R=options.rope_dim)
-        if options.only not in case.id:
-            continue
-        started = time.perf_counter()
+        chosen += [case] if options.only in case.id else []
+
+    def judged(case: cases.Case) -> dict[str, Any]:
         call = cases.build(case)
-        line: dict[str, Any] = {"case": case.id}
-        try:
-            out, lse, config = decode(call, variant, target, changes)
-            line["config"] = str(config)
-            figures = cases.check(call, out, lse)
-            line |= {"rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
-        except Exception as error:  # one bad case must not hide the others
-            line["error"] = f"{type(error).__name__}: {error}"
-            failures += 1
-        say(line | {"seconds": round(time.perf_counter() - started, 3)})
-        if failures and options.stop:
-            break
-    return min(failures, 100)
+        out, lse, config = decode(call, variant, target, changes)
+        figures = cases.check(call, out, lse)
+        return {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
+
+    return run_each(chosen, judged, options.stop)
 
 
 if __name__ == "__main__":

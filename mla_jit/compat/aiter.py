@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla_jit import DecodeMetadata, DecodeProblem, api, decode, dtypes, prefill, prefill_paged
+from mla_jit import DecodeMetadata, DecodeProblem, api_metadata, decode, dtypes, prefill, prefill_paged
 from mla_jit.api_prefill import reduce_partials
 from mla_jit.errors import InvalidInput
 
@@ -66,7 +66,7 @@ def get_mla_metadata_info_v1(
         raise InvalidInput("is_sparse=True: sparse attention is not served by this version")
     problem = _problem(batch_size, max_seqlen_qo, num_head_qo, 1, q_dtype, kv_dtype)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    shapes = api.work_lists(problem, device)
+    shapes = api_metadata.work_lists(problem, device)
     none = {"groups": (1,), "info": (1, 4), "sums": (1, 3), "arrivals": (1, 1)}  # the CPU needs no list
     groups, info, sums, arrivals = (shapes.get(name, none[name]) for name in DecodeMetadata._fields)
     return (
@@ -133,7 +133,7 @@ def get_mla_metadata_v1(
     )  # fmt: skip
     metadata = _metadata(batch, q_len, num_heads_per_head_k, num_heads_k, work_indptr, work_info_set, reduce_final_map,
                          reduce_partial_map, device)  # fmt: skip
-    api.fill_lists(
+    api_metadata.fill_lists(
         problem, {**lengths, **metadata._asdict()}, device, intra_batch_mode=intra_batch_mode,
         max_split_per_batch=max_split_per_batch if max_split_per_batch >= 1 else None,
     )  # fmt: skip

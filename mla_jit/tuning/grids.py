@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mla_jit import api, resources, settings
+from mla_jit import api, api_metadata, resources, settings
 from mla_jit import target as targets
 from mla_jit.problem import DecodeProblem
 from mla_jit.tuning import bench, peers, prefill_grid, proofs
@@ -371,10 +371,10 @@ def _ragged_row(
 def _list_us(shape: Shape, rounds: int, seed: int) -> float:
     """µs of the kernel that makes a list, launched again and again in a graph: the median of the rounds."""
     first = bench.make_sets(shape, seed=seed, rotate_bytes=0)[0]
-    metadata = api.decode_metadata(first.q, first.cache, **first.keywords)
+    metadata = api_metadata.decode_metadata(first.q, first.cache, **first.keywords)
 
     def once(s: bench.Set) -> Any:
-        return api.decode_metadata(s.q, s.cache, **s.keywords, metadata=metadata)
+        return api_metadata.decode_metadata(s.q, s.cache, **s.keywords, metadata=metadata)
 
     calls = [first] * _LISTS_A_SET
     graph = bench.graph_of(once, calls)

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 import mla_jit
-from mla_jit import api, cli, compat, launch, plan, resources, settings, target
+from mla_jit import api, api_metadata, cli, compat, launch, plan, resources, settings, target
 from mla_jit.compile import cache
 from mla_jit.errors import MlaJitError, SettingsError
 from mla_jit.problem import DecodeProblem
@@ -641,7 +641,9 @@ def test_uneven_lengths_by_both_schedulers(timer, monkeypatch):
 
 def test_a_list_is_timed_by_itself(on_cpu, monkeypatch):
     made = []
-    monkeypatch.setattr(api, "decode_metadata", lambda *a, metadata=None, **k: made.append(metadata) or "lists")
+    monkeypatch.setattr(
+        api_metadata, "decode_metadata", lambda *a, metadata=None, **k: made.append(metadata) or "lists"
+    )
     assert grids._list_us(bench.Shape(4, (100, 7)), 3, 0) == 1.0
     assert made == [None, *["lists"] * 20]
     assert on_cpu == [["lists"] * 20]

@@ -28,7 +28,7 @@ from helpers import invoke, invoke_json
 from rich.console import Console
 
 import mla_jit
-from mla_jit import cli_tuning, models, ops, settings, target
+from mla_jit import cli_progress, cli_tuning, models, ops, settings, target
 from mla_jit.cli import main
 from mla_jit.compile.artifact import Source
 from mla_jit.errors import InvalidInput
@@ -663,7 +663,7 @@ def test_the_watch_knows_what_is_done_and_what_is_left() -> None:
     shapes = [
         DecodeProblem(num_heads=4, batch=n, max_kv_len=256, total_kv=300 if n == 3 else None) for n in (1, 2, 3, 4)
     ]
-    watch = cli_tuning._Watch(4, ["null:0", "null:1"], where, 60.0, lambda: clock[0])
+    watch = cli_progress.Watch(4, ["null:0", "null:1"], where, 60.0, lambda: clock[0])
     default, *others = sweep.candidates(shapes[0], where)
 
     def event(name: str, n: int, **more: object) -> None:

@@ -38,7 +38,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
-    ("api api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
+    ("api api_metadata api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (  # times the public functions beside the peers
         (
             "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.prefill_grid "
@@ -48,7 +48,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
     ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),
-    ("cli cli_options cli_tuning cli_database cli_report cli_predict cli_bench",),
+    ("cli cli_options cli_progress cli_tuning cli_database cli_report cli_predict cli_bench",),
 )
 # These describe kernels and compile them; nothing of them may need torch.
 LIGHT = (

@@ -11,19 +11,17 @@ import numpy as np
 import ptx_machine as pm
 import pytest
 
+from mla_jit.compile.ptx import assembler
+
 HEAD = ".version 8.7\n.target sm_90a\n.address_size 64\n"
 SMEM = ".extern .shared .align 1024 .b8 smem[];\n"
 
 
 def assemble(text: str, path: Path) -> None:
     """Triton's ptxas takes the text: the tests speak real PTX."""
-    triton = pytest.importorskip("triton")
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    if not ptxas.exists():
-        pytest.skip("no ptxas")
     path.write_text(text)
     done = subprocess.run(
-        [ptxas, "-arch=sm_90a", "-O1", path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
+        [assembler(), "-arch=sm_90a", "-O1", path, "-o", path.with_suffix(".cubin")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
