@@ -80,6 +80,13 @@ class CudaBound:
                 value.programmaticStreamSerializationAllowed = 1
                 attribute.value = value
                 attributes.append(attribute)
+            if launch.cluster > 1:
+                attribute = driver.CUlaunchAttribute()
+                attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+                value = driver.CUlaunchAttributeValue()
+                value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = launch.cluster, 1, 1
+                attribute.value = value
+                attributes.append(attribute)
             if attributes:
                 config.attrs = attributes
             config.numAttrs = len(attributes)
@@ -129,7 +136,11 @@ def _capturing(stream: int) -> bool:
 
 
 def encode_map(pointer: int, view: Any, box: dict[str, Any]) -> Any:
-    """A CUtensorMap over a 2-D view; `box` is what the compiler says of its copies (swizzle, element type, box)."""
+    """A CUtensorMap over a 2-D view; `box` is what the compiler says of its copies (swizzle, element type, box).
+
+    The L2 fetches what is asked for: rounded up to 256 bytes, boxes of 128-byte rows in random pages read 4.17 TB/s on
+    an H200 instead of 4.46 (2026-11-28, 240 pages a program, nothing computed).
+    """
     from cuda.bindings import driver
 
     swizzles = driver.CUtensorMapSwizzle
@@ -149,7 +160,7 @@ def encode_map(pointer: int, view: Any, box: dict[str, Any]) -> Any:
             element, 2, pointer, [columns, rows], [driver.cuuint64_t(view.row_bytes)], shape,
             [driver.cuuint32_t(1)] * 2,
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         ),
         f"tensor map of {view.rows} × {view.columns} elements, row stride {view.row_bytes} bytes",

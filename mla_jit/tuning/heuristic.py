@@ -27,6 +27,7 @@ _MEMORY = 0.9  # of the bandwidth that a stream of tiles reaches
 _L2 = 2.0  # how much faster than memory bytes come that another block of rows reads at the same time
 _TILE = 0.1  # of a tile that overlaps with nothing: softmax, barriers
 _SHARE = {"specialised": 0.84, "m64": 0.4, "mma": 0.35}  # of the matrix rate, by kind of kernel
+_TOGETHER = 3.0  # for the programs of a cluster to put their pieces together
 _COMBINE = 0.7  # of one round of a program of the combine
 _PARTIALS = 1.2  # of 2^20 partials, with the masked ones, through 132 SMs
 _PROGRAM = 0.15  # of each program of the combine on one SM
@@ -49,7 +50,9 @@ def predicted_us(
     time_us = target.launch_us + _stage1(problem, target, variant, config, cut, artifact)
     if numbers.get("wave", 0) > 0:
         time_us += _SCHEDULE
-    if cut > 1:
+    if cut > 1 and config.get("together"):
+        time_us += _TOGETHER
+    elif cut > 1:
         time_us += target.launch_us + _combine(problem, target, config, cut)
     return time_us
 

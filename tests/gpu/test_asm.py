@@ -128,6 +128,35 @@ def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
         assert (found[~owned] == 0).all()
 
 
+TOGETHER = [
+    cases.Case(heads=16, lens=(4096,) * 4, **BF16),
+    cases.Case(heads=20, lens=(4096, 4095, 4000, 4090), **{**BF16, "sinks": True}),
+    cases.Case(heads=64, lens=(5000, 64, 1, 0, 3000), **BF16),
+    cases.Case(heads=40, lens=(1000,) * 3, q_len=2, **{**BF16, "cap": 30.0}),
+    cases.Case(heads=128, lens=(130, 129, 127), **{**BF16, "page": 16}),
+    cases.Case(heads=8, lens=(700,), **{**BF16, "C": 256, "R": 32, "out_dtype": "fp32"}),
+]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.id)
+def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
+    """Sequences cut alike by the pairs of programs themselves, uneven ones by the combine; always with the same bits."""
+    call = cases.build(case, DEVICE)
+    problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
+    assert install(problem, VARIANTS[name], together=True, num_kv_splits=2, min_tiles=1) is not None
+    first = None
+    for _ in range(3):
+        call.poison()
+        out, lse = decode(call)
+        cases.check(call, out, lse)
+        dispatch = mla_jit.last_dispatch()
+        assert dispatch is not None
+        assert dispatch.config["together"] is True
+        assert first is None or torch.equal(out.view(torch.uint8), first)
+        first = out.view(torch.uint8).clone()
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bounded_waits_end_well(name: str) -> None:
     """The debug build gives the same bits, and no wait of it is in vain."""

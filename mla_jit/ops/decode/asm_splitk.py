@@ -1,4 +1,4 @@
-"""The rows of stage 1 in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` (up to 32 rows).
+"""The rows of stage 1 in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` (of 8 to 32).
 
 Pieces, arguments, workspace and combine are those of splitk.py. Imports neither triton nor jinja2.
 """
@@ -25,6 +25,9 @@ _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _BOX_BYTES = _BOX * _BOX * 2
 _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
+_FEW = 16  # sequences
+_LITTLE = 24576  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
+_CLUSTERS = (2,)  # pieces. Greater clusters leave SMs idle: 32 of four took two rounds on an H200 (70 us, 41 without)
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
 _GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
@@ -42,7 +45,7 @@ class Template:
     name: str
     file: str
     blocks: Callable[[DecodeProblem, Config], str | None]
-    block: Callable[[DecodeProblem], int]
+    block: Callable[[DecodeProblem, Target], int]
     layout: Callable[[DecodeProblem, Target, Config], dict[str, Any]]
     space: tuple[int, ...]  # of block_m
     tiles: tuple[int, ...]  # of block_n
@@ -84,17 +87,19 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str
 
 
 WIDE = Template(
-    name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p: 64,
+    name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p, target: 64,
     layout=_wide_layout, space=(64,), tiles=(32, 64),
 )  # fmt: skip
 NARROW = Template(
     name="decode_narrow_asm", file="decode_narrow.ptx",
     blocks=lambda p, config: (
-        f"{p.rows} rows do not fit one block of {config['block_m']}" if p.rows > config.int("block_m")
-        else f"blocks of {config['block_m']} rows, {p.rows} are enough" if config.int("block_m") >= max(p.rows, 1) + 8
-        else None
+        f"{p.rows} rows fit a block of fewer than {config['block_m']}"
+        if config.int("block_m") >= max(p.rows, 1) + 8 else None
     ),
-    block=lambda p: min(_NARROW, max(8, -(-p.rows // 8) * 8)),
+    block=lambda p, target: (
+        max(8, -(-p.rows // 8) * 8) if p.rows <= _NARROW
+        else 16 if -(-p.rows // 16) * p.num_kv_heads * _tokens(p) <= target.sms * _BOX else _NARROW
+    ),
     layout=_narrow_layout, space=(8, 16, 24, 32), tiles=(64,),
 )  # fmt: skip
 
@@ -117,25 +122,33 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
     if config["pdl"] and not target.has("pdl"):
         return f"{target.name} has no programmatic dependent launch"
+    if config["together"] and (p.batch_invariant or splitk.num_splits(p, config) not in _CLUSTERS):
+        count = "batch_invariant" if p.batch_invariant else f"{splitk.num_splits(p, config)} pieces"
+        return f"{count}: clusters put {', '.join(map(str, _CLUSTERS))} pieces together"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
-    if splitk.slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
+    if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     return None
 
 
 def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them."""
-    like = dict(gluon.default(p, target)) | {"block_m": template.block(p)}
+    like = dict(gluon.default(p, target)) | {"block_m": template.block(p, target)}
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
-    config = Config.of(template.name, **like, policy="evict_first")
-    return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
+    config = Config.of(template.name, **like, policy="evict_first", together=False)
+    config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
+    return config.replace(together=not p.batch_invariant and splitk.num_splits(p, config) in _CLUSTERS)
+
+
+def _tokens(p: DecodeProblem) -> int:
+    return p.total_kv if p.total_kv is not None else p.batch * p.max_kv_len
 
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    return gluon._like(Config.of(gluon.NAME, **{k: v for k, v in config.items() if k != "policy"}))
+    return gluon._like(Config.of(gluon.NAME, **{k: v for k, v in config.items() if k not in ("policy", "together")}))
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
@@ -144,6 +157,7 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "BATCH_POW2": splitk._batch_pow2(p),
+        "SPLITS": splitk.num_splits(p, config) if config["together"] else 0,
         "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
         "TOKENS": config.int("block_n"), "GATHER": _gathers(p, config), "CAUSAL": p.causal and p.q_len > 1,
         "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
@@ -173,7 +187,7 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 
 def _sources(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
-    """The kernel, and the combine of splitk.py where a sequence may be cut."""
+    """The kernel, and the combine of splitk.py where a sequence may be cut and its pieces may not be put together."""
     _, *rest = splitk.sources(p, target, _like(config))
     head = render.header(target.isa, template.file)
     stage1 = Source(
@@ -189,25 +203,79 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
             smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
         ),
     )
-    return (stage1, *rest)
+    return (stage1, *([] if _always_together(p, config) else rest))
+
+
+def _always_together(p: DecodeProblem, config: Config) -> bool:
+    """Whether all pieces are put together by clusters: where lengths may be uneven, the kernel decides (pieces.ptx)."""
+    return bool(config["together"]) and not splitk._balances(p)
 
 
 def _launches(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
-    """One program a (row block, KV head, piece); then the combine."""
+    """One program a (row block, KV head, piece); then the combine.
+
+    With `together` the pieces of a sequence are a cluster, if all sequences are cut alike; the combine, for which they
+    are not cut then, has something to do only if not.
+    """
     like, *rest = splitk.launches(p, target, _like(config))
-    return (dataclasses.replace(like, args=tuple(arg for *_, arg in _arguments(p, target, config))), *rest)
+    args = tuple(arg for *_, arg in _arguments(p, target, config))
+    grid = (max(1, slots(p, target, config) * splitk._row_blocks(p, config)), 1, 1)
+    stage1 = dataclasses.replace(like, args=args, grid=grid)
+    if not config["together"]:
+        return (stage1, *rest)
+    stage1 = dataclasses.replace(stage1, cluster=splitk.num_splits(p, config))
+    if _always_together(p, config):
+        return (stage1,)
+    (combine,) = rest
+    uncut = tuple(Arg("i32", "uncut") if arg.name == "num_splits" else arg for arg in combine.args)
+    return stage1, dataclasses.replace(combine, args=uncut)
+
+
+def slots(p: DecodeProblem, target: Target, config: Config) -> int:
+    """Pieces that the grid and the workspace hold: whole clusters.
+
+    For uneven lengths as in splitk.py, but for few sequences no more than the device works on at once beside one for
+    each: a program here fills an SM, so one that has nothing to do must wait until another ends, and the combine for it.
+    """
+    found = splitk.slots(p, target, config)
+    if splitk._balances(p) and p.batch <= _FEW:
+        found = max(p.batch * splitk.num_splits(p, config), p.batch + splitk._wave(p, target, config))
+    each = splitk.num_splits(p, config) if config["together"] else 1
+    return -(-found // each) * each
+
+
+def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+    return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1}
+
+
+def _workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
+    """As splitk.workspace_bytes, for as many pieces as the grid has."""
+    return slots(p, target, config) * splitk.workspace_bytes(p, target, config) // splitk.slots(p, target, config)
+
+
+def _offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+    found = splitk.workspace_offsets(p, target, config)
+    return found | {"part_lse": slots(p, target, config) * found["part_lse"] // splitk.slots(p, target, config)}
 
 
 def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """decode_splitk_triton's for blocks of so many rows, times what decode_splitk_gluon's is of it for 64 rows."""
+    """decode_splitk_triton's for blocks of so many rows, times how much faster these are (fitted to one H200)."""
     found = splitk.cost(p, target, _like(config))
-    wide = gluon._beside_triton(p) if config["block_m"] == _BOX else 1.0
-    return dataclasses.replace(found, time_us=found.time_us * wide)
+    wide = gluon._beside_triton(p)
+    if config["block_m"] == _BOX:
+        beside = 0.95 * wide
+    elif p.rows <= _NARROW:
+        beside = 0.9 if p.rows <= 16 else 0.7
+    else:
+        little = _tokens(p) * -(-p.rows // _BOX) * p.num_kv_heads <= _LITTLE
+        beside = 0.85 * min(1.0, wide) if little else 2.0
+    return dataclasses.replace(found, time_us=found.time_us * beside)
 
 
 def _variant(template: Template, revision: int) -> Variant:
     space: dict[str, tuple[int | str | bool, ...]] = {
         **gluon.SPACE, "block_m": template.space, "block_n": template.tiles, "policy": ("evict_first", "evict_normal"),
+        "together": (False, True),
     }  # fmt: skip
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
@@ -215,8 +283,8 @@ def _variant(template: Template, revision: int) -> Variant:
         default=lambda p, target: _default(template, p, target),
         sources=lambda p, target, config: _sources(template, p, target, config),
         launches=lambda p, target, config: _launches(template, p, target, config),
-        cost=_cost, measured_only=True,
-        workspace_bytes=splitk.workspace_bytes, numbers=splitk.numbers, offsets=splitk.workspace_offsets,
+        cost=_cost,
+        workspace_bytes=_workspace_bytes, numbers=_numbers, offsets=_offsets,
         resize=splitk.resize, space=space,
     )  # fmt: skip
 
