@@ -75,12 +75,14 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
 
 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """The ring, q, P, maxima of four warps, barriers; as many boxes in the ring as there is room for."""
+    """The ring, q, two consumers' P, their sums and maxima, barriers; as many boxes in the ring as there is room for."""
     n = config.int("block_m")
     copied = _boxes(p) + (1 if p.rope_dim else 0)
-    q, weights, maxima = (_boxes(p) + 1) * n * 128, n * 128, 16 * n
+    q, weights, maxima = (_boxes(p) + 1) * n * 128, 2 * n * 128, 40 * n
     slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
-    slots = max(2 * copied, min(slots, _TILES * copied))  # fewer than two tiles: the gatherer would wait for itself
+    ends = n * (4 * p.kv_lora_rank + 16) + 1024 + _boxes(p) * n * 256 * (1 + _boxes(p) % 2)  # what lies there at the end
+    # with fewer than two tiles the gatherer would wait for itself
+    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, _TILES * copied))
     ring = slots * _BOX_BYTES
     at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
@@ -188,7 +190,6 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 def _sources(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """The kernel, and the combine of splitk.py where a sequence may be cut and its pieces may not be put together."""
-    _, *rest = splitk.sources(p, target, _like(config))
     head = render.header(target.isa, template.file)
     stage1 = Source(
         name=template.name,
@@ -203,7 +204,7 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
             smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
         ),
     )
-    return (stage1, *([] if _always_together(p, config) else rest))
+    return (stage1, *(() if _always_together(p, config) else splitk.combines(p, target, _like(config))))
 
 
 def _always_together(p: DecodeProblem, config: Config) -> bool:
@@ -290,4 +291,4 @@ def _variant(template: Template, revision: int) -> Variant:
 
 
 DECODE_SPLITK_ASM = _variant(WIDE, 1)
-DECODE_NARROW_ASM = _variant(NARROW, 1)
+DECODE_NARROW_ASM = _variant(NARROW, 2)

@@ -389,13 +389,16 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     )
     options: dict[str, Scalar] = {"num_warps": config.int("num_warps"), "num_stages": config.int("num_stages")}
     stage1 = _source(target, "decode_splitk", NAME, _stage1(p, target, config), options, limits)
+    return stage1, *combines(p, target, config)
+
+
+def combines(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
+    """The combine, for other stages 1 too; () where nothing is cut."""
     if not _splits(p, config):
-        return (stage1,)
+        return ()
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
-    two = _source(
-        target, "combine", f"{NAME}_combine", _combine(p, target, config), {"num_warps": 4, "num_stages": 2}, small
-    )
-    return stage1, two
+    options: dict[str, Scalar] = {"num_warps": 4, "num_stages": 2}
+    return (_source(target, "combine", f"{NAME}_combine", _combine(p, target, config), options, small),)
 
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
