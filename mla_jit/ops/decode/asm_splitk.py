@@ -75,14 +75,12 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
 
 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """The ring, q, two consumers' P, their sums and maxima, barriers; as many boxes in the ring as there is room for."""
+    """The ring, q, P, maxima of four warps, barriers; as many boxes in the ring as there is room for."""
     n = config.int("block_m")
     copied = _boxes(p) + (1 if p.rope_dim else 0)
-    q, weights, maxima = (_boxes(p) + 1) * n * 128, 2 * n * 128, 40 * n
+    q, weights, maxima = (_boxes(p) + 1) * n * 128, n * 128, 16 * n
     slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
-    ends = n * (4 * p.kv_lora_rank + 16) + 1024 + _boxes(p) * n * 256 * (1 + _boxes(p) % 2)  # what lies there at the end
-    # with fewer than two tiles the gatherer would wait for itself
-    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, _TILES * copied))
+    slots = max(2 * copied, min(slots, _TILES * copied))  # fewer than two tiles: the gatherer would wait for itself
     ring = slots * _BOX_BYTES
     at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
@@ -291,4 +289,4 @@ def _variant(template: Template, revision: int) -> Variant:
 
 
 DECODE_SPLITK_ASM = _variant(WIDE, 1)
-DECODE_NARROW_ASM = _variant(NARROW, 2)
+DECODE_NARROW_ASM = _variant(NARROW, 1)
