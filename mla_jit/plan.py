@@ -166,8 +166,8 @@ def choices(problem: Problem, target: Target) -> list[Choice]:
 
 
 def _cuts(config: Config) -> list[Config]:
-    """The config without and with several splits, as a neighbour's may be either: they differ in the kernels needed."""
-    return [config.replace(num_kv_splits=n) for n in (1, 2)] if "num_kv_splits" in config else [config]
+    """The config with one, two and more splits, as a neighbour's may be any: they differ in the kernels needed."""
+    return [config.replace(num_kv_splits=n) for n in (1, 2, 3)] if "num_kv_splits" in config else [config]
 
 
 def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callable[[Config], str | None]]:

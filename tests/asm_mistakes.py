@@ -5,6 +5,22 @@ _PUBLISH = "    {{ m.bar_arrive(1 + b, 256) }}"
 _P_THERE = "        {{ m.bar_sync(1, 128) }}                  // P is there"
 _OTHERS = "ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n"
 
+_FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
+_LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
+
+PIECES = {"together.ptx": 2}  # by file, into how many pieces sequences are cut to reach it
+TOGETHER: dict[str, tuple[str, str, str]] = {
+    "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
+    "together: gone too early": ("together.ptx", _LAST, "    }"),
+    "together: reads not released": ("together.ptx", _LAST, _LAST.replace("release", "relaxed")),
+    "together: all take the first rows": ("together.ptx", "mul.lo.s32 start, split, share;", "mov.u32 start, 0;"),
+    "together: a piece twice": ("together.ptx", "smem, {{ s }};", "smem, 0;"),
+    "together: another's LSE": (
+        "together.ptx",
+        "add.u32 row, peer{{ s }}, e;",
+        "add.u32 row, peer{{ SPLITS - 1 - s }}, e;",
+    ),
+}
 WIDE: dict[str, tuple[str, str, str]] = {
     "the last token": (
         "pieces.ptx",
@@ -47,7 +63,11 @@ WIDE: dict[str, tuple[str, str, str]] = {
         "sub.u32 in_page{{ i }}, t0, in_page{{ i }};",
         "mov.u32 in_page{{ i }}, 0;",
     ),
-    "too few bytes expected": ("decode_splitk.ptx", "full(b, i), BOX) }}", "full(b, i), BOX - 128) }}"),
+    "copied out: no fence": ("decode_splitk.ptx", _FENCED + "        bar.warp", "        bar.warp"),
+    "copied out: no wait": ("macros.ptx", "    cp.async.bulk.wait_group 0;\n", ""),
+    "copied out: half a row": ("decode_splitk.ptx", "4 * OURS) }}", "2 * OURS) }}"),
+    "too few bytes expected": ("decode_splitk.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
+    **TOGETHER,
 }
 NARROW: dict[str, tuple[str, str, str]] = {
     "no fence after P": ("decode_narrow.ptx", _FENCED + _P_THERE, _P_THERE),
@@ -68,5 +88,6 @@ NARROW: dict[str, tuple[str, str, str]] = {
     "V is not zeroed": ("decode_narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
     "gathered: told too early": ("decode_narrow.ptx", "gather.arrive(ns.bars, 1)", "gather.arrive(ns.bars, 2)"),
     "a box too far": ("decode_narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+    **TOGETHER,
 }
 MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW}

@@ -1,11 +1,12 @@
 """Runs decode cases through the PTX templates in the emulator ptx_machine; a process of its own (TRITON_INTERPRET=1).
 
     TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
-        [--part I/N] [--page 64] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
+        [--part I/N] [--page 64] [--splits N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
 Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter.
 Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and is no
-failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none noticed.
+failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none noticed;
+in as many pieces as its file needs.
 The exit status is the number of failures (at most 100).
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import cases
 import ptx_machine
 import torch
-from asm_mistakes import MISTAKES
+from asm_mistakes import MISTAKES, PIECES
 from interpreted_main import RED, interpretable, outputs, run_each, say
 
 from mla_jit import ops
@@ -38,6 +39,10 @@ from mla_jit.ops.variant import Variant
 from mla_jit.target import Target, by_name
 
 
+class Stale(Exception):
+    """The template no longer has the text that a mistake replaces."""
+
+
 @contextlib.contextmanager
 def planted(variant: str, name: str) -> Iterator[None]:
     """One of asm_mistakes.py in every template that is read meanwhile."""
@@ -48,7 +53,8 @@ def planted(variant: str, name: str) -> Iterator[None]:
         files = json.loads(true(isa, template))
         for entry in files:
             if entry[0] == file:
-                assert old in entry[1], f"{file} has no {old!r}"
+                if old not in entry[1]:
+                    raise Stale(f"{file} has no {old!r}")
                 entry[1] = entry[1].replace(old, new)
         return json.dumps(files)
 
@@ -59,11 +65,14 @@ def planted(variant: str, name: str) -> Iterator[None]:
         render.closure = true
 
 
-def fitting(case: cases.Case, page: int) -> cases.Case:
-    """The case with pages of at least so many tokens that hold whole tiles; as it is for 0."""
-    if page == 0:
-        return case
-    return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64))
+def fitting(case: cases.Case, page: int, splits: int) -> cases.Case:
+    """The case with pages of at least so many tokens that hold whole tiles, and so many splits if it may have any.
+
+    With 0 of either as it is.
+    """
+    if splits and case.num_kv_splits is None and not case.batch_invariant:
+        case = dataclasses.replace(case, num_kv_splits=splits)
+    return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64)) if page else case
 
 
 def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
@@ -99,7 +108,8 @@ def run_stage1(
         else:
             arguments.append(floats[arg.name] if arg.kind == "f32" else int(binding.numbers[arg.name]))
     size = int(dict(source.constants)["ARENA"] or 0)
-    return ptx_machine.run(ptx_machine.parse(made.text), launch.grid, arguments, memory, size, seed=seed)
+    program = ptx_machine.parse(made.text)
+    return ptx_machine.run(program, launch.grid, arguments, memory, size, seed=seed, cluster=launch.cluster)
 
 
 def decode(
@@ -136,24 +146,31 @@ def judged(
         return {"refused": reason}
     out, lse, said = decode(call, inputs, variant, target, config, seed)
     figures = cases.check(call, out, lse)
-    return {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error, "steps": said.steps}
+    far = sum(n for op, n in said.instructions.items() if op.startswith("ld.shared::cluster"))
+    line = {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
+    return {**line, "steps": said.steps, "far_reads": far}
 
 
 def alive(variant: Variant, target: Target, seed: int) -> int:
-    """How many of the mistakes no case notices."""
+    """How many of the mistakes no case notices, or no template has a place for."""
     found = 0
     for mistake in MISTAKES[variant.name]:
-        started, killed = time.perf_counter(), ""
+        started, killed, stale = time.perf_counter(), "", ""
+        pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
         for case in cases.HARD:
+            hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces else case
             try:
                 with planted(variant.name, mistake):
-                    judged(interpretable(case, "fp16"), variant, target, {}, seed)
+                    judged(interpretable(hard, "fp16"), variant, target, {}, seed)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"
                 break
+            except Stale as error:
+                stale = str(error)
+                break
         found += not killed
         seconds = round(time.perf_counter() - started, 3)
-        say({"mistake": mistake, "killed": killed.partition("\n")[0], "seconds": seconds})
+        say({"mistake": mistake, "killed": killed.partition("\n")[0], "stale": stale, "seconds": seconds})
     return found
 
 
@@ -169,6 +186,7 @@ def main() -> int:
     parser.add_argument(
         "--page", type=int, default=64, help="at least so many tokens, whole tiles; 0: as the cases have it"
     )
+    parser.add_argument("--splits", type=int, default=0, help="num_kv_splits of the cases that leave it open")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()
@@ -179,7 +197,7 @@ def main() -> int:
     if options.cases == "mistakes":
         return alive(variant, target, options.seed)
     cases_of = {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]
-    fit = [fitting(interpretable(case, options.dtype), options.page) for case in cases_of]
+    fit = [fitting(interpretable(case, options.dtype), options.page, options.splits) for case in cases_of]
     chosen = [case for case in fit if options.only in case.id]
     return run_each(chosen, lambda case: judged(case, variant, target, changes, options.seed), options.stop)
 

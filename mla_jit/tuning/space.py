@@ -111,14 +111,15 @@ class _Identity:
         if self.variant.host is not None or "num_kv_splits" not in config:  # no slots to cut a sequence into
             return (config,)
         count = pieces(self.problem, self.target, self.variant, config)
+        cut = ("num_kv_splits", min(3, config.int("num_kv_splits")))  # one, two and more may be of different kernels
         first = tuple(item for item in config.items_ if item[0] not in (*_CUT, *_COMBINE))
-        combine = tuple(item for item in config.items_ if item[0] in _COMBINE)
-        return (self._kernels(first, config)[0], self._kernels(combine, config)[1:] if count > 1 else (), count)
+        combine = tuple(item for item in config.items_ if item[0] in (*_COMBINE, "together"))
+        return (self._kernels((*first, cut))[0], self._kernels((*combine, cut))[1:] if count > 1 else (), count)
 
-    def _kernels(self, part: tuple[tuple[str, Value], ...], config: Config) -> tuple[Any, ...]:
-        """Of the default with these values and, so that there is a second kernel, several pieces."""
+    def _kernels(self, part: tuple[tuple[str, Value], ...]) -> tuple[Any, ...]:
+        """Of the default with these values."""
         if part not in self.parts:
-            changed = self.default.replace(**dict(part), num_kv_splits=2)
+            changed = self.default.replace(**dict(part))
             self.parts[part] = self.variant.sources(self.problem, self.target, changed)
         found: tuple[Any, ...] = self.parts[part]
         return found

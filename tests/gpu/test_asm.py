@@ -141,7 +141,7 @@ TOGETHER = [
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.id)
 def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
-    """Sequences cut alike by the pairs of programs themselves, uneven ones by the combine; always with the same bits."""
+    """Sequences cut alike by pairs of programs, uneven ones by the combine; always with the same bits."""
     call = cases.build(case, DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
     assert install(problem, VARIANTS[name], together=True, num_kv_splits=2, min_tiles=1) is not None

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .cluster import cluster_barrier
 from .decode import BLOCKED, DTYPES, FULL, LANE, LANES, LISTS, YIELD, Decoder, Run, decodes, member_mask, only, set_pred
 from .errors import MemoryFault, ProtocolError, Race
-from .memory import TensorMap
+from .memory import Buffer, TensorMap
 from .parse import PARAM_BASE, WIDTHS, Address, Immediate, Param, Register, Shared, Sink, Vector
-from .shared import Mbarrier
+from .shared import WINDOW, Mbarrier
 
 Array = npt.NDArray[Any]
 SCOPES = ("cta", "cluster", "gpu", "sys")
@@ -107,11 +108,10 @@ def _load_store(d: Decoder) -> Run:
     load = d.base != "st"
     vector = d.take("v2", "v4")
     count = int(vector[1]) if vector else 1
-    d.take("weak", "relaxed", "acquire", "release", "volatile")
+    strong = d.take("weak", "relaxed", "acquire", "release", "volatile") not in (None, "weak")
     d.drop(*SCOPES)
     space = d.need("global", *SHARED_SPACES, "param")
-    if load and space == "global":
-        d.drop("nc")
+    constant = load and space == "global" and bool(d.take("nc"))
     d.drop(*CACHES, *L1, *L2)
     policy_operand(d)
     d.finish(2)
@@ -129,7 +129,9 @@ def _load_store(d: Decoder) -> Run:
     if space == "param":
         return _load_param(d, t, rows, at, load)
     if space == "global":
-        return _global(d, t, rows, at, load)
+        return _global(d, t, rows, at, load, strong, constant)
+    if space == "shared::cluster" and load:
+        return _load_of_cluster(d, t, rows, at)
     return _shared(d, t, rows, at, load)
 
 
@@ -152,15 +154,23 @@ def _load_param(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run
     return run
 
 
-def _global(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
+def _global(d: Decoder, t: str, rows: list[int], at: Any, load: bool, strong: bool, constant: bool) -> Run:
     row, offset = global_address(d, at)
     size, dtype, count = WIDTHS[t] // 8, DTYPES[t], len(rows)
     shift = size.bit_length() - 1
+    d.builder.global_shift = min(d.builder.global_shift, (size * count).bit_length() - 1)
+    d.builder.strong |= strong
 
     def run(w: Any, m: int) -> None:
         machine = w.machine
         groups = machine.memory.groups(w.rows[row] + offset, LISTS[m], size * count, not load)
+        watch = None if strong else machine.watch
         for buffer, lanes, place in groups:
+            if watch is not None and buffer.writable:
+                if load:
+                    watch.read(w, buffer, lanes, place, size * count, constant)
+                else:
+                    watch.write(w, buffer, lanes, place, size * count)
             view = buffer.views[size]
             index = place >> shift
             for i, r in enumerate(rows):
@@ -211,6 +221,39 @@ def _shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
                 raise Race(
                     f"two lanes write different values to {shared.name(int(addresses[j]) + i * size)}", int(lanes[j])
                 )
+
+    return run
+
+
+def _load_of_cluster(d: Decoder, t: str, rows: list[int], at: Any) -> Run:
+    """ld.shared::cluster: each lane of the own CTA, or of another where mapa has led it."""
+    row, offset = shared_address(d, at)
+    size, dtype = WIDTHS[t] // 8, DTYPES[t]
+    total = size * len(rows)
+    d.builder.unit_shift = min(d.builder.unit_shift, total.bit_length() - 1)
+    shift = size.bit_length() - 1
+    name = d.statement.op
+
+    def run(w: Any, m: int) -> None:
+        addresses, lanes = shared_lanes(w, row, offset, m)
+        count_conflicts(w, name, addresses, total)
+        windows = addresses >> WINDOW
+        for window in np.unique(windows).tolist():
+            here = windows == window
+            places, some = addresses[here] & ((1 << WINDOW) - 1), lanes[here]
+            shared = w.cta.cluster.memory(w, window, int(some[0]))
+            shared.check(places, total, some)
+            if shared.checks:
+                units = shared.units(places, total)
+                if shared is w.shared:
+                    shared.read(w.index, units)
+                else:
+                    shared.far_read(w.shared, w.index, units)
+            view = shared.views[size]
+            index = places >> shift
+            for i, r in enumerate(rows):
+                if r >= 0:
+                    w.rows[r][some] = view[index + i].view(dtype)
 
     return run
 
@@ -268,6 +311,7 @@ def _atom(d: Decoder) -> Run:
     c = d.source(d.operands[2], t) if what == "cas" else -1
     target = -1 if isinstance(to, Sink) else d.destination(to, t)
     size, dtype = WIDTHS[t] // 8, DTYPES[t]
+    d.builder.strong = True
     wrap = (1 << WIDTHS[t]) - 1
 
     def new(old: Any, x: Any, y: Any) -> Any:
@@ -401,6 +445,47 @@ class Bulk:
         shared.settle(mbarrier)
 
 
+@dataclass(eq=False)
+class BulkOut:
+    """A bulk copy out of shared memory (9.7.9.25.4): read and written when the scheduler says so, or at the wait."""
+
+    w: Any
+    units: slice
+    source: int
+    buffer: Buffer
+    place: int  # in its views
+    nbytes: int
+    line: str
+    written: Array | None  # units of device memory
+    data: Array | None = None
+    done: bool = False
+    free: bool = False  # the source may be written again: the read was waited for
+
+    def read(self) -> None:
+        if self.data is None:
+            self.data = self.w.shared.bytes[self.source : self.source + self.nbytes].copy()
+
+    def complete(self) -> None:
+        self.read()
+        self.buffer.views[1][self.place : self.place + self.nbytes] = self.data
+        self.w.machine.statistics.global_written += self.nbytes
+        self.done = True
+
+    def wait(self, read: bool) -> None:
+        """By its thread; `read`: only until its source has been read."""
+        w = self.w
+        if read:
+            self.read()
+        elif not self.done:
+            w.cta.pending.remove(self)
+            self.complete()
+        if not self.free and w.shared.checks:
+            w.shared.bulk_waited(w.index, self.units)
+        self.free = True
+        if not read and self.written is not None:
+            w.machine.watch.copy_waited(w, self.buffer, self.written)
+
+
 @dataclass
 class Copy:
     """The cp.async of one warp (9.7.9.25.3.1)."""
@@ -446,6 +531,8 @@ class Arrival:
 def _cp(d: Decoder) -> Run:
     d.operands = list(d.operands)
     d.need("async")
+    if d.take("bulk"):
+        return _bulk(d)
     if d.take("commit_group"):
         d.finish(0)
 
@@ -474,8 +561,6 @@ def _cp(d: Decoder) -> Run:
         return wait
     if "mbarrier" in d.mods:
         return _cp_arrive(d)
-    if d.take("bulk"):
-        return _bulk(d)
     return _cp_async(d)
 
 
@@ -563,7 +648,7 @@ def _bulk(d: Decoder) -> Run:
         tensor_operand(d, d.operands[0])
         return lambda w, m: None
     if d.mods and d.mods[0] in ("commit_group", "wait_group"):
-        raise d.error("bulk copies out of shared memory are not modelled")
+        return _bulk_groups(d)
     if "multicast::cluster" in d.mods:
         raise d.error("multicast is not modelled")
     tensor = d.take("tensor")
@@ -571,8 +656,10 @@ def _bulk(d: Decoder) -> Run:
         d.need("2d")
         d.drop("tile")
     spaces = [x for x in d.mods if x in (*SHARED_SPACES, "global")]
+    if spaces == ["global", "shared::cta"] and not tensor:
+        return _bulk_out(d)
     if len(spaces) != 2 or spaces[1] != "global":
-        raise d.error("only bulk copies from global to shared memory are modelled")
+        raise d.error("only bulk copies from global to shared memory are modelled, and those back that are no tensor")
     d.drop(*spaces)
     d.need("mbarrier::complete_tx::bytes")
     policy_operand(d)
@@ -620,6 +707,65 @@ def _bulk(d: Decoder) -> Run:
             w.cta.pending.append(Bulk(w.cta, units, barrier, to, map_, where, nbytes, machine.line_of(w.fragment.pc)))
 
     return run
+
+
+def _bulk_out(d: Decoder) -> Run:
+    """Each thread has its own copies and groups of them."""
+    d.drop("global", "shared::cta")
+    d.need("bulk_group")
+    policy_operand(d)
+    d.finish(3)
+    target, shift = global_address(d, d.operands[0])
+    row, offset = shared_address(d, d.operands[1])
+    size = d.source(d.operands[2], "u32")
+
+    def run(w: Any, m: int) -> None:
+        shared, machine = w.shared, w.machine
+        for lane in LISTS[m].tolist():
+            to = int(w.rows[target][lane] + shift)
+            at = int(w.rows[row][lane]) + offset
+            nbytes = int(w.rows[size][lane])
+            if nbytes % 16 or to % 16 or not nbytes:
+                raise MemoryFault(f"a bulk copy of {nbytes} bytes to {to:#x}: not multiples of 16", lane)
+            buffer = machine.memory.find(to, to + nbytes, True, lane)
+            units = shared.range(at, nbytes, 16)
+            place = to - buffer.base
+            written = None
+            if shared.checks:
+                shared.bulk_read(w.index, units)
+                written = machine.watch.copy_issue(w, buffer, lane, place, nbytes)
+            line = machine.line_of(w.fragment.pc)
+            copy = BulkOut(w, units, at, buffer, place, nbytes, line, written)
+            w.bulk_open.setdefault(lane, []).append(copy)
+            w.cta.pending.append(copy)
+
+    return run
+
+
+def _bulk_groups(d: Decoder) -> Run:
+    if d.take("commit_group"):
+        d.finish(0)
+
+        def commit(w: Any, m: int) -> None:
+            for lane in LISTS[m].tolist():
+                w.bulk_groups.setdefault(lane, []).append(w.bulk_open.pop(lane, []))
+
+        return commit
+    d.need("wait_group")
+    read = bool(d.take("read"))
+    d.finish(1)
+    left = d.integer(d.operands[0])
+
+    def wait(w: Any, m: int) -> None:
+        for lane in LISTS[m].tolist():
+            groups = w.bulk_groups.get(lane, [])
+            done = max(0, len(groups) - left)
+            for copy in [c for group in groups[:done] for c in group]:
+                copy.wait(read)
+            if not read:
+                del groups[:done]
+
+    return wait
 
 
 def tensor_operand(d: Decoder, operand: Any) -> tuple[int, int, list[int]]:
@@ -793,6 +939,8 @@ def _bar(d: Decoder) -> Run:
             member_mask(w, members, m, "bar.warp.sync")
 
         return warp_sync
+    if d.base == "barrier" and d.take("cluster"):
+        return cluster_barrier(d)
     d.drop("cta")
     sync = d.need("sync", "arrive") == "sync"
     aligned = bool(d.take("aligned")) or d.base == "bar"

@@ -160,6 +160,8 @@ class Builder:
         self.views: list[tuple[str, Any, Any]] = []
         self.index: dict[Any, int] = {}
         self.unit_shift = 2  # of the shared shadow: 2 = words; narrower accesses make it finer
+        self.global_shift = 2  # of the global one
+        self.strong = False  # atomics or strong accesses to global memory, which may order CTAs
 
     def view(self, kind: str, key: Any, dtype: Any, value: Any = None) -> int:
         """kind: "register" (key: Register), "constant" (value: an array), "special" (key: its name)."""
@@ -345,6 +347,7 @@ def set_pred(w: Any, index: int, value: int, m: int) -> None:
 
 SPECIALS = {
     *(f"%{n}.{a}" for n in ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid") for a in "xyz"),
+    *(f"%{n}.{a}" for n in ("cluster_ctaid", "cluster_nctaid") for a in "xyz"),
     "%laneid", "%warpid", "%nwarpid", "%smid", "%nsmid", "%cluster_ctarank", "%cluster_nctarank", "%lanemask_eq",
     "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge", "%dynamic_smem_size", "%total_smem_size",
 }  # fmt: skip

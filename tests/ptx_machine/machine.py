@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import data as _data  # registers its instructions
-from .decode import DECODERS, FULL, LANE, Builder, Decoder, Run
+from .cluster import Cluster, Watch
+from .decode import DECODERS, FULL, LANE, LISTS, Builder, Decoder, Run
 from .errors import Deadlock, MachineError, ProtocolError, PtxError, Race, Uninitialised
 from .memory import Memory
 from .parse import SHARED_BASE, Module, Parser
@@ -143,14 +144,21 @@ class Warp:
         self.copy_groups: list[list[Any]] = []
         self.open_copies: list[Any] = []
         self.copy_serial = 0
+        self.bulk_open: dict[int, list[Any]] = {}  # by lanes: bulk copies out of shared memory that are in no group
+        self.bulk_groups: dict[int, list[list[Any]]] = {}
+        self.arrived = 0  # lanes, at barrier.cluster in its phase
+        self.arrived_unwaited = 0  # in any phase, without a wait since
         thread = self.index * 32 + LANE
         x, y, z = self.cta.index
         gx, gy, gz = self.machine.grid
+        size = self.machine.cluster
         values: dict[str, Any] = {
             "%tid.x": thread, "%ntid.x": self.machine.threads, "%ntid.y": 1, "%ntid.z": 1,
             "%ctaid.x": x, "%ctaid.y": y, "%ctaid.z": z, "%nctaid.x": gx, "%nctaid.y": gy, "%nctaid.z": gz,
-            "%clusterid.x": x, "%clusterid.y": y, "%clusterid.z": z,
-            "%nclusterid.x": gx, "%nclusterid.y": gy, "%nclusterid.z": gz, "%cluster_nctarank": 1,
+            "%clusterid.x": x // size, "%clusterid.y": y, "%clusterid.z": z,
+            "%nclusterid.x": gx // size, "%nclusterid.y": gy, "%nclusterid.z": gz,
+            "%cluster_ctaid.x": self.cta.rank, "%cluster_ctarank": self.cta.rank,
+            "%cluster_nctaid.x": size, "%cluster_nctaid.y": 1, "%cluster_nctaid.z": 1, "%cluster_nctarank": size,
             "%laneid": LANE, "%warpid": self.index, "%nwarpid": self.machine.threads // 32, "%nsmid": 1,
             "%lanemask_eq": 1 << LANE, "%lanemask_lt": (1 << LANE) - 1, "%lanemask_le": (2 << LANE) - 1,
             "%lanemask_gt": FULL - ((2 << LANE) - 1), "%lanemask_ge": FULL - ((1 << LANE) - 1),
@@ -169,12 +177,24 @@ class Warp:
     def leave(self, mask: int) -> None:
         self.live &= ~mask
         self.fragment.mask &= ~mask
+        if self.cta.cluster.arrived:
+            self.cta.cluster.settle()
         if not self.live and (self.groups or self.open_group):
             raise ProtocolError("the warp exits with wgmmas that were not committed and waited for")
+        if self.bulk_open or self.bulk_groups:
+            self.no_bulk_reads(mask)
         if not self.fragment.mask:
             self.fragments.remove(self.fragment)
         else:
             self.fragment.pc += 1
+
+    def no_bulk_reads(self, mask: int) -> None:
+        """Shared memory stays until bulk copies have read it: threads that exit have waited for that."""
+        for lane in LISTS[mask].tolist():
+            if left := self.bulk_open.get(lane):
+                raise ProtocolError(f"the thread exits with a bulk copy that was not committed: {left[0].line}", lane)
+            if left := [c for group in self.bulk_groups.get(lane, []) for c in group if not c.free]:
+                raise ProtocolError(f"the thread exits with a bulk copy that was not waited for: {left[0].line}", lane)
 
     def choose(self) -> bool:
         """Merges lanes that have met and takes the ready fragment of the lowest pc; False: none is ready."""
@@ -205,9 +225,11 @@ class Warp:
 class Cta:
     """A slot for one CTA; its arrays serve one CTA after another."""
 
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
+    def __init__(self, machine: Machine, cluster: Cluster) -> None:
+        self.machine, self.cluster, self.rank = machine, cluster, len(cluster.ctas)
+        cluster.ctas.append(self)
         self.index = (0, 0, 0)
+        self.number = 0
         module = machine.program.module
         warps = machine.threads // 32
         self.shared = SharedMemory(
@@ -216,6 +238,8 @@ class Cta:
             machine.program.builder.unit_shift,
             machine.checks,
             module.shared,
+            machine.cluster,
+            self.rank,
         )
         self.shared.line_of = machine.line_of
         self.warps = [Warp(self, i) for i in range(warps)]
@@ -223,6 +247,8 @@ class Cta:
 
     def start(self, index: tuple[int, int, int], rng: random.Random) -> None:
         self.index = index
+        gx, gy, _ = self.machine.grid
+        self.number = index[0] + gx * (index[1] + gy * index[2])
         self.shared.reset()
         self.pending = []
         self.wgmma_log: dict[int, list[tuple[Any, ...]]] = {}
@@ -250,6 +276,7 @@ class Cta:
                         raise ProtocolError(f"warp {warp.index} executed fewer wgmmas than its warpgroup")
             if self.pending:
                 raise ProtocolError("the CTA ends with an asynchronous copy under way that nothing waited for")
+            self.shared.go()
         except MachineError as error:
             error.place(self.index, None, 0, "(end of the CTA)")
             raise
@@ -257,10 +284,12 @@ class Cta:
 
 class Machine:
     def __init__(
-        self, program: Program, grid: tuple[int, int, int], threads: int, memory: Memory, smem_bytes: int, checks: bool
-    ) -> None:
+        self, program: Program, grid: tuple[int, int, int], threads: int, memory: Memory, smem_bytes: int, checks: bool,
+        cluster: int,
+    ) -> None:  # fmt: skip
         self.program, self.grid, self.threads, self.memory = program, grid, threads, memory
-        self.smem_bytes, self.checks = smem_bytes, checks
+        self.smem_bytes, self.checks, self.cluster = smem_bytes, checks, cluster
+        self.watch = Watch(self) if checks else None
         self.statistics = Statistics()
         self.operands = Operands(program.builder.unit_shift)
         self.counts = [0] * len(program.code)
@@ -371,19 +400,28 @@ class Machine:
                     lines.append(f"  CTA {cta.index} warp {w.index} has exited")
         return Deadlock("nothing can run and no copy is under way\n" + "\n".join(lines))
 
+    def slot(self) -> Cluster:
+        """For one cluster after another."""
+        cluster = Cluster(self.cluster)
+        for _ in range(self.cluster):
+            Cta(self, cluster)
+        return cluster
+
     def launch(
-        self, order: Sequence[tuple[int, int, int]], seed: int, concurrent: int, max_steps: int, sequential: bool
+        self, order: Sequence[list[tuple[int, int, int]]], seed: int, concurrent: int, max_steps: int, sequential: bool
     ) -> None:
         rng = self.random = random.Random(seed)
         waiting = list(order)
-        idle = [Cta(self) for _ in range(min(concurrent, len(waiting)))]
+        idle = [self.slot() for _ in range(min(concurrent, len(waiting)))]
         active: list[Cta] = []
         spent = 0
         while waiting or active:
             while idle and waiting:
-                cta = idle.pop()
-                cta.start(waiting.pop(0), rng)
-                active.append(cta)
+                cluster = idle.pop()
+                for cta, index in zip(cluster.ctas, waiting.pop(0), strict=True):
+                    cta.start(index, rng)
+                    active.append(cta)
+                cluster.reset(cluster.ctas[0].number // self.cluster)
             candidates = active if len(active) == 1 else rng.sample(active, len(active))
             ran = False
             for cta in candidates:
@@ -405,7 +443,8 @@ class Machine:
                 elif not any(w.fragments for w in cta.warps):
                     cta.finish()
                     active.remove(cta)
-                    idle.append(cta)
+                    if not any(other in active for other in cta.cluster.ctas):
+                        idle.append(cta.cluster)
                     self.statistics.ctas += 1
                     ran = True
                 if ran:
@@ -430,11 +469,13 @@ def run(
     concurrent: int = 1,
     checks: bool = True,
     max_steps: int = 300_000,
+    cluster: int = 1,
 ) -> Statistics:
     """Runs a grid. CTAs come in random order (`order="sequential"`: as numbered, and the lowest warp first).
 
-    `concurrent` CTAs are interleaved; `checks=False` leaves out the shadow of shared memory; `max_steps` bounds the
-    bursts of instructions before the run counts as hung.
+    CTAs `cluster` i to `cluster` i + `cluster` - 1 are a cluster and run concurrently. `concurrent` clusters are
+    interleaved; `checks=False` leaves out the shadows of shared and global memory; `max_steps` bounds the bursts of
+    instructions before the run counts as hung.
     """
     module = program.module
     count = threads or module.reqntid or module.maxntid
@@ -452,9 +493,17 @@ def run(
         raise ValueError(f"{module.static_bytes + smem_bytes} bytes of shared memory: 232448 at most")
     shape = (grid,) if isinstance(grid, int) else tuple(grid)
     x, y, z = (*shape, 1, 1)[:3]
-    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks)
+    if not 1 <= cluster <= 16:
+        raise MachineError(f"a cluster of {cluster} CTAs: 1 to 16")
+    if module.cluster not in (None, cluster):
+        raise MachineError(f"a cluster of {cluster} CTAs, but the entry has .reqnctapercluster {module.cluster}")
+    if x % cluster:
+        raise MachineError(f"clusters of {cluster} CTAs do not divide a grid of {x}")
+    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks, cluster)
     machine.parameters, machine.maps = _data.pack_parameters(module, list(arguments))
-    ctas = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+    ctas = [
+        [(i + rank, j, k) for rank in range(cluster)] for k in range(z) for j in range(y) for i in range(0, x, cluster)
+    ]
     if order == "random":
         random.Random(f"grid {seed}").shuffle(ctas)
     started = time.perf_counter()

@@ -122,6 +122,7 @@ class Module:
     reqntid: int | None = None
     maxntid: int | None = None
     min_ctas: int = 1
+    cluster: int | None = None  # .reqnctapercluster
     max_registers: int | None = None
     static_bytes: int = 0  # of shared memory, from SHARED_BASE on
     dynamic: bool = False
@@ -284,8 +285,8 @@ class Parser:
             size = 1
             for n in numbers:
                 size *= n
-            if found[1] in ("reqntid", "maxntid") and any(n != 1 for n in numbers[1:]):
-                raise self.error("blocks of more than one dimension are not modelled", found.start())
+            if found[1] in ("reqntid", "maxntid", "reqnctapercluster") and any(n != 1 for n in numbers[1:]):
+                raise self.error("blocks and clusters of more than one dimension are not modelled", found.start())
             if found[1] == "reqntid":
                 self.module.reqntid = size
             elif found[1] == "maxntid":
@@ -295,8 +296,7 @@ class Parser:
             elif found[1] == "maxnreg":
                 self.module.max_registers = size
             elif found[1] == "reqnctapercluster":
-                if size != 1:
-                    raise self.error("clusters of more than one CTA are not modelled", found.start())
+                self.module.cluster = size
             elif found[1] != "explicitcluster":
                 raise self.error(f".{found[1]} is not modelled", found.start())
         self.body()

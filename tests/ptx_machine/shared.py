@@ -4,7 +4,8 @@ Every warp has a vector clock. An agent of it is a warp, the cp.async copies of 
 the bulk copies that end its phases. Releases (mbarrier arrivals, bar.sync, bar.arrive) publish a warp's clock, acquires
 (a successful wait, the end of bar.sync) join it. Per unit of shared memory (4 bytes, less if the kernel has narrower
 accesses) stand the last writer with its epoch, and each warp's last read. An access that is not ordered after what it
-meets is a Race (PTX ISA 8, Memory consistency model; 8.x, Proxies; 9.7.13.15, mbarrier).
+meets is a Race (PTX ISA 8, Memory consistency model; 8.x, Proxies; 9.7.13.15, mbarrier). What other CTAs of the cluster
+have read stands apart, and so do the reads of bulk copies out of shared memory.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Units = Any  # an index array or a slice
 NEVER = 2**31 - 1
 PENDING, BARRIER, UNWRITTEN = 1, 2, 4
 MAX_BARRIERS = 256
+WINDOW = 24  # a shared::cluster address is (rank + 1) << WINDOW | address, or the address alone in the own CTA
 
 
 @dataclass
@@ -61,8 +63,11 @@ class NamedBarrier:
 
 
 class SharedMemory:
-    def __init__(self, nbytes: int, warps: int, unit_shift: int, checks: bool, names: dict[str, int]) -> None:
+    def __init__(
+        self, nbytes: int, warps: int, unit_shift: int, checks: bool, names: dict[str, int], cluster: int, rank: int
+    ) -> None:
         self.size, self.n, self.shift, self.checks, self.names = nbytes, warps, unit_shift, checks, names
+        self.cluster, self.rank = cluster, rank
         self.end = SHARED_BASE + nbytes
         padded = (self.end + 1023) & ~1023
         # Index 0 is address 0, so that addresses index the views; the first KiB is never valid.
@@ -80,7 +85,9 @@ class SharedMemory:
         self.write_pc = np.zeros(units, np.int32)
         self.fence_epoch = np.zeros(units, np.int32)
         self.read_epoch = np.zeros((warps, units), np.int32)
-        self.slots = 2 * warps + MAX_BARRIERS
+        self.leaving = np.zeros(units, np.int16)  # bulk copies out of here that have not been waited for
+        self.peers = 2 * warps + MAX_BARRIERS  # from here on, as many slots of each CTA of the cluster
+        self.slots = self.peers * (1 + cluster if cluster > 1 else 1)
         self.clock = np.zeros((warps, self.slots), np.int32)
         # The agent whose clock says that a write has been fenced: the warp itself for its cp.async copies.
         self.fence_slot = np.arange(self.slots, dtype=np.int16)
@@ -99,6 +106,10 @@ class SharedMemory:
         self.read_epoch.fill(0)
         self.clock.fill(0)
         self.clock[np.arange(self.n), np.arange(self.n)] = 1
+        self.clock[:, self.part(self.rank)] = NEVER  # within a CTA, global memory is not looked at
+        self.far_epoch: Array | None = None  # [rank, warp, unit] of reads by other CTAs, when there is one
+        self.leaving.fill(0)
+        self.copies_out = 0
         self.dirty: list[dict[int, list[Units]]] = [{} for _ in range(self.n)]  # by lanes: writes to fence
         self.proxy_clock = np.zeros_like(self.clock)
         self.mbarriers: dict[int, Mbarrier] = {}
@@ -106,7 +117,13 @@ class SharedMemory:
         self.barriers = [NamedBarrier() for _ in range(16)]
 
     # ------------------------------------------------------------------ addresses
+    def part(self, rank: int) -> slice:
+        """The slots of a CTA of the cluster in the clocks of all."""
+        return slice(self.peers * (1 + rank), self.peers * (2 + rank))
+
     def name(self, address: int) -> str:
+        if address >> WINDOW > 0:
+            return f"{self.name(address & ((1 << WINDOW) - 1))} of rank {(address >> WINDOW) - 1} of the cluster"
         for name, base in sorted(self.names.items(), key=lambda x: -x[1]):
             if address >= base:
                 return f"{name}+{address - base}"
@@ -211,6 +228,18 @@ class SharedMemory:
                     "been waited for"
                 )
             raise Race(f"{what} of {self.name(unit << self.shift)} is not ordered after the read by warp {reader}")
+        if self.copies_out and (leaving := self.leaving[units] != 0).any():
+            unit, _ = self.place(units, leaving)
+            raise Race(f"{what} of {self.name(unit << self.shift)} while a bulk copy reads it that was not waited for")
+        if self.far_epoch is not None:
+            late = self.far_epoch[:, :, units] > self.far_known(self.clock[w])[:, :, None]
+            if late.any():
+                rank, reader = np.argwhere(late.any(axis=2))[0].tolist()
+                unit, _ = self.place(units, late[rank, reader])
+                raise Race(
+                    f"{what} of {self.name(unit << self.shift)} is not ordered by barrier.cluster after the read by "
+                    f"warp {reader} of rank {rank} of the cluster"
+                )
 
     def write(self, w: int, units: Units) -> None:
         """An ordinary (generic proxy) write by warp w."""
@@ -284,6 +313,52 @@ class SharedMemory:
         self.fenced(w, units, writer, self.clock[w], "wgmma's read")
         self.read_epoch[w, units] = NEVER
 
+    def bulk_read(self, w: int, units: Units) -> None:
+        """A bulk copy out of shared memory, issued by warp w: until it is waited for nothing may write the bytes."""
+        writer = self.ordered_read(w, units, "bulk copy's read")
+        self.fenced(w, units, writer, self.clock[w], "bulk copy's read")
+        self.leaving[units] += 1
+        self.copies_out += 1
+
+    def bulk_waited(self, w: int, units: Units) -> None:
+        self.leaving[units] -= 1
+        self.copies_out -= 1
+        self.read_epoch[w, units] = np.maximum(self.read_epoch[w, units], self.clock[w, w])
+
+    # ------------------------------------------------------------------ reads by other CTAs of the cluster
+    def far_read(self, reader: SharedMemory, w: int, units: Units) -> None:
+        """By warp w of the CTA of `reader`; what that knows of us, barrier.cluster has told it."""
+        flags = self.flags[units]
+        if flags.any():
+            self.bad_flags(units, flags, f"read by rank {reader.rank} of the cluster")
+        bad = self.write_epoch[units] > reader.clock[w, reader.part(self.rank)][self.writer[units]]
+        if bad.any():
+            unit, _ = self.place(units, bad)
+            raise Race(
+                f"read of rank {self.rank} of the cluster is not ordered by barrier.cluster after the write of "
+                + self.written(unit)
+            )
+        if self.far_epoch is None:
+            self.far_epoch = np.zeros((self.cluster, self.n, len(self.flags)), np.int32)
+        self.far_epoch[reader.rank, w, units] = reader.clock[w, w]
+
+    def far_known(self, clock: Array) -> Array:
+        """[rank, warp] of a clock."""
+        return clock[self.peers :].reshape(self.cluster, self.peers)[:, : self.n]
+
+    def go(self) -> None:
+        """The memory goes with its CTA, which ends after all that its warps know of."""
+        if self.far_epoch is None:
+            return
+        late = self.far_epoch.max(axis=2) > self.far_known(self.clock.max(axis=0))
+        if late.any():
+            rank, reader = np.argwhere(late)[0].tolist()
+            unit = int(self.far_epoch[rank, reader].argmax())
+            raise ProtocolError(
+                f"the end of the CTA is not ordered by barrier.cluster after the read of "
+                f"{self.name(unit << self.shift)} by warp {reader} of rank {rank} of the cluster"
+            )
+
     # ------------------------------------------------------------------ clocks
     def release(self, w: int) -> None:
         self.clock[w, w] += 1
@@ -302,7 +377,7 @@ class SharedMemory:
         if self.checks:
             self.write(w, index)
         slot, base = self.slot_of.get(address, (2 * self.n + len(self.slot_of), 0))
-        if slot >= self.slots:
+        if slot >= self.peers:
             raise ProtocolError(f"more than {MAX_BARRIERS} mbarriers are not modelled")
         self.slot_of[address] = slot, base
         self.flags[units] = BARRIER

@@ -15,7 +15,7 @@ import covering
 import pytest
 from covering import Row
 
-from mla_jit import settings, target
+from mla_jit import plan, settings, target
 from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
@@ -260,6 +260,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         "macros.ptx",
         "pieces.ptx",
         "queries.ptx",
+        "together.ptx",
     ]
 
 
@@ -298,12 +299,26 @@ def test_narrow_blocks_are_as_narrow_as_the_rows(heads: int, block: int) -> None
         assert "of fewer than" in (NARROW.rejects(problem, HOPPER, config.replace(block_m=block + 8)) or "")
 
 
-def test_not_taken_before_it_has_run() -> None:
-    """Only a measured row chooses a kernel that no GPU has run."""
-    from mla_jit import plan
-
-    for heads in (16, 128):
-        assert plan.analytic(DecodeProblem(num_heads=heads, batch=64), HOPPER).variant.backend == "triton"
+@pytest.mark.parametrize(
+    ("heads", "batch", "length", "variant", "block"),
+    [
+        (16, 64, 4096, NARROW, 16),
+        (128, 1, 1024, NARROW, 16),  # little work: narrow blocks are more programs
+        (128, 128, 4096, WIDE, 64),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_which_the_model_takes(dtype: str, heads: int, batch: int, length: int, variant: Variant, block: int) -> None:
+    """Without a measured row, of both dtypes; nowhere else than where they are legal."""
+    problem = DecodeProblem(
+        num_heads=heads, q_dtype=dtype, kv_dtype=dtype, out_dtype=dtype, batch=batch, max_kv_len=length, hinted=True
+    )
+    choice = plan.analytic(problem, HOPPER)
+    assert (choice.variant, choice.config["block_m"]) == (variant, block)
+    assert choice.config == variant.default(problem, HOPPER)
+    fp8 = dataclasses.replace(problem, kv_dtype="fp8_e4m3")
+    assert plan.analytic(fp8, HOPPER).variant.backend == "triton"
+    assert plan.analytic(problem, target.by_name("sm_80")).variant.backend == "triton"
 
 
 def test_a_map_comes_without_shape_and_strides() -> None:

@@ -40,7 +40,7 @@ def test_a_call_packs_pointers_in_the_order_of_its_operands(null: NullRuntime) -
     q, kv, more = arguments()
     out, lse = mla_jit.decode(q, kv, **more, return_lse=True)
     first, second = null.records
-    assert [first.kernel, second.kernel] == ["decode_splitk_triton", "decode_splitk_triton_combine"]
+    assert [first.kernel, second.kernel] == ["decode_narrow_asm", "decode_splitk_triton_combine"]
     assert first.pointers[:2] == (q.data_ptr(), q.data_ptr() + 1024)  # q_nope, q_pe
     assert {kv.data_ptr(), kv.data_ptr() + 1024, out.data_ptr(), lse.data_ptr()} <= set(first.pointers)
     assert {more["block_table"].data_ptr(), more["seq_lens"].data_ptr()} <= set(first.pointers)
@@ -81,7 +81,7 @@ def test_under_capture_nothing_is_compiled_and_nothing_is_loaded(null: NullRunti
     inputs = decode_inputs(q, kv, **more)
     there = target.by_name("sm_90")
     executable = plan.executable_for(inputs.problem, there)
-    with pytest.raises(CacheMiss, match=r"decode_splitk_triton .* not loaded on device 3, .* under graph capture"):
+    with pytest.raises(CacheMiss, match=r"decode_narrow_asm .* not loaded on device 3, .* under graph capture"):
         executable.bind(inputs.binding, 3, forbid_load="under graph capture")
     assert null.loaded == []
     executable.load(3)
@@ -92,7 +92,7 @@ def test_strict_mode_names_what_is_missing_and_the_remedy(null: NullRuntime, cac
     q, kv, more = arguments()
     with settings.scope(mode="strict"), pytest.raises(CacheMiss, match="mla-tune compile") as raised:
         mla_jit.decode(q, kv, **more)
-    assert "decode_splitk_triton" in str(raised.value)
+    assert "decode_narrow_asm" in str(raised.value)
     mla_jit.decode(q, kv, **more)
     mla_jit.reload()
     cache.forget()
@@ -107,7 +107,7 @@ def test_sizes_do_not_multiply_plans(null: NullRuntime) -> None:
     for hint in range(129, 250, 7):
         mla_jit.decode(q, kv, **more, max_kv_len=hint)
     assert len(plan._memo) == 1
-    assert {r.grid for r in null.records if r.kernel == "decode_splitk_triton"} == {null.records[0].grid}
+    assert {r.grid for r in null.records if r.kernel == "decode_narrow_asm"} == {null.records[0].grid}
 
 
 def test_every_choice_is_legal_on_every_target() -> None:

@@ -159,7 +159,7 @@ def test_a_workspace_too_small_is_refused(null: NullRuntime) -> None:
 
 def test_long_queries_over_the_paged_cache_are_not_cut(null: NullRuntime) -> None:
     """Else the partials of all rows would be kept, gigabytes for a long prompt."""
-    batch, q_len, heads = 2, 600, 16
+    batch, q_len, heads = 2, 800, 16
     arguments: dict[str, Any] = {
         "kv_lora_rank": 512, "sm_scale": 0.1, "block_table": torch.zeros(batch, 64, dtype=torch.int32),
         "seq_lens": torch.full((batch,), 4096, dtype=torch.int32),

@@ -446,10 +446,372 @@ def test_cp_async(fence: bool) -> None:
                 launch(text, {"out": out}, [out.ctypes.data], smem=8192, seed=seed)
 
 
+# ---------------------------------------------------------------------- clusters
+RELEASE, ACQUIRE = "barrier.cluster.arrive.release.aligned;", "barrier.cluster.wait.acquire.aligned;"
+# Warp 0 of each CTA; out[rank] of its cluster is at `put`, that of the next CTA of the cluster at `get`.
+NEIGHBOURS = """
+    mov.u32 r1, %cluster_ctarank; mov.u32 r2, %cluster_nctarank; mov.u32 r3, %clusterid.x; mov.u32 r4, %ctaid.x;
+    ld.param.u64 rd1, [p_out]; mul.lo.u32 r5, r3, r2; mul.wide.u32 rd2, r5, 128; add.s64 rd1, rd1, rd2;
+    mul.wide.u32 rd2, lane, 4; add.s64 rd1, rd1, rd2; mul.wide.u32 put, r1, 128; add.s64 put, put, rd1;
+    add.u32 r5, r1, 1; rem.u32 r5, r5, r2; mul.wide.u32 get, r5, 128; add.s64 get, get, rd1;
+    mad.lo.u32 r6, r4, 100, lane;
+"""
+PUT, GET = "st.global.b32 [put], r6;", "ld.global.cg.b32 r7, [get];"
+CLUSTER_REGS = ".reg .b64 put, get;"
+
+
+def run_cluster(body: str, threads: int = 32, grid: int = 6, cluster: int = 3, **options: Any) -> np.ndarray:
+    return run_small(NEIGHBOURS + body, threads, CLUSTER_REGS, grid=grid, cluster=cluster, **options)
+
+
+def neighbours(grid: int, cluster: int) -> np.ndarray:
+    """What each CTA reads of the next one."""
+    cta = np.arange(grid)
+    return (cta // cluster * cluster + (cta + 1) % cluster)[:, None] * 100 + LANE
+
+
+def test_neighbours_in_a_cluster(tmp_path: Path) -> None:
+    """In two phases: the values, then those that the neighbours have read."""
+    body = f"""
+    {PUT} {RELEASE} {ACQUIRE} {GET}
+    barrier.cluster.arrive.aligned; add.u32 r7, r7, 5; barrier.cluster.wait.aligned;
+    st.global.b32 [put], r7; {RELEASE} {ACQUIRE} ld.global.b32 r8, [get]; st.global.b32 [put+2048], r8;
+    """
+    assemble(small(NEIGHBOURS + body, 32, CLUSTER_REGS), tmp_path / "cluster.ptx")
+    for grid, cluster, options in ((6, 3, {}), (10, 5, {}), (8, 2, {"concurrent": 2}), (6, 3, {"order": "sequential"})):
+        for seed in range(3):
+            out = run_cluster(body, grid=grid, cluster=cluster, seed=seed, **options).reshape(32, 32)
+            want = neighbours(grid, cluster) + 5
+            np.testing.assert_array_equal(out[:grid], want)
+            base = np.arange(grid) // cluster * cluster
+            np.testing.assert_array_equal(out[16 : 16 + grid], want[base + (np.arange(grid) + 1) % cluster])
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (PUT + GET, "ordered by barrier.cluster"),
+        (PUT + f"barrier.cluster.arrive.relaxed.aligned; {ACQUIRE}" + GET, "read of out.* the write by warp 0 of CTA"),
+        (f"{RELEASE} {PUT} {ACQUIRE}" + GET, "ordered by barrier.cluster"),
+        (f"{PUT} {RELEASE}" + GET + ACQUIRE, "ordered by barrier.cluster"),
+        (GET + PUT, "ordered by barrier.cluster"),
+        (GET + f"barrier.cluster.arrive.relaxed; {ACQUIRE}" + PUT, "after the read by warp 0 of CTA"),
+        ("st.global.b32 [rd1], r6;", "write of out.* after the write by warp 0 of CTA"),
+        (f"{PUT} {RELEASE} {ACQUIRE} ld.global.nc.b32 r7, [get];", "ld.global.nc of out.* st.global"),
+        (f"ld.global.nc.b32 r7, [get]; {RELEASE} {ACQUIRE} {PUT}", "reads with ld.global.nc"),
+        (f"{PUT} {RELEASE} {ACQUIRE} ld.param.u64 rd3, [p_out]; ld.global.b32 r7, [rd3];", "another cluster"),
+        (f"ld.param.u64 rd3, [p_out]; ld.global.b32 r7, [rd3]; {RELEASE} {ACQUIRE} {PUT}", "another cluster"),
+    ],
+)
+def test_races_of_a_cluster(body: str, message: str) -> None:
+    for seed in range(4):
+        with pytest.raises(pm.Race, match=message) as caught:
+            run_cluster(body, seed=seed)
+        assert caught.value.cta is not None
+        assert "global" in caught.value.text
+
+
+def test_another_warp_passes_it_on() -> None:
+    """Warp 0 writes and reads; warp 1 arrives and waits with order, and bar.sync joins them."""
+    body = """
+    setp.eq.u32 p0, warp, 0; @p0 st.global.b32 [put], r6; bar.sync 0;
+    @p0 bra ZERO; barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; bra ON;
+    ZERO: barrier.cluster.arrive.relaxed.aligned; ON: bar.sync 1;
+    @p0 ld.global.b32 r7, [get]; @p0 st.global.b32 [put+2048], r7;
+    """
+    for seed in range(3):
+        out = run_cluster(body, 64, seed=seed).reshape(32, 32)
+        np.testing.assert_array_equal(out[16:22], neighbours(6, 3))
+    with pytest.raises(pm.Race, match=r"barrier\.cluster"):
+        run_cluster(body.replace("bar.sync 1;", ""), 64)
+
+
+def test_who_has_exited_need_not_arrive() -> None:
+    """Some lanes, a warp of each CTA, and the last CTA of each cluster, before others arrive or after."""
+    leave = """
+    setp.eq.u32 p0, warp, 1; @p0 ret; add.u32 r8, r1, 1; setp.eq.u32 p0, r8, r2; @p0 ret;
+    setp.eq.u32 p0, lane, 7; @p0 ret;
+    """
+    body = f"""
+    {leave} {PUT} {RELEASE} {ACQUIRE} {RELEASE} {ACQUIRE}
+    setp.eq.u32 p0, r1, 0; @p0 ld.global.b32 r7, [get]; @p0 st.global.b32 [put+2048], r7;
+    """
+    for seed in range(6):
+        out = run_cluster(body, 64, seed=seed).reshape(32, 32)
+        np.testing.assert_array_equal(out[[16, 19]][:, LANE != 7], neighbours(6, 3)[[0, 3]][:, LANE != 7])
+        assert not out[[16, 19], 7].any()
+    with pytest.raises(pm.Race, match=r"barrier\.cluster"):  # an exit publishes nothing
+        run_cluster(f"setp.eq.u32 p0, r1, 1; @p0 {PUT} @p0 ret; {RELEASE} {ACQUIRE} {RELEASE} {ACQUIRE} {GET}")
+
+
+def test_a_cta_is_a_cluster_of_one() -> None:
+    """barrier.cluster orders shared memory as bar.sync does."""
+    body = """
+    shl.b32 r1, r0, 2; mov.u32 r2, smem; add.u32 r1, r1, r2; xor.b32 r3, r1, 128;
+    st.shared.b32 [r1], r0; barrier.cluster.arrive; barrier.cluster.wait;
+    ld.shared.b32 r4, [r3]; st.global.b32 [out], r4;
+    """
+    np.testing.assert_array_equal(run_small(body, 64)[:64], np.arange(64) ^ 32)
+    with pytest.raises(pm.Race, match="not ordered after the write"):
+        run_small(body.replace("arrive;", "arrive.relaxed;"), 64)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "body"),
+    [
+        (pm.Deadlock, r"phase 0 of barrier.cluster: CTA \(\d, 0, 0\) warp 1, .* did not arrive", "bar.sync 1, 64;"),
+        (
+            pm.Deadlock,
+            "warp 1 lanes 0xffff0000",
+            f"""setp.lt.u32 p1, lane, 16; @p1 bra HERE; setp.eq.u32 p2, lane, 16;
+            @p2 mbarrier.init.shared::cta.b64 [smem], 1; {WAIT0} HERE: barrier.cluster.arrive; barrier.cluster.wait;""",
+        ),
+        (pm.ProtocolError, "a second time", f"{RELEASE} {RELEASE}"),
+        (pm.ProtocolError, "without barrier.cluster.arrive", ACQUIRE),
+        (pm.ProtocolError, "0x0000ffff of a warp", f"setp.gt.u32 p1, lane, 15; @p1 bra L; {RELEASE} L:"),
+    ],
+)
+def test_mistakes_at_a_cluster_barrier(error: type[pm.MachineError], message: str, body: str) -> None:
+    """Of warp 1 of each CTA."""
+    with pytest.raises(error, match=message):
+        run_cluster(f"setp.eq.u32 p0, warp, 0; @p0 bra ON; {body} ON: {RELEASE} {ACQUIRE}", 64)
+
+
+def test_clusters_that_do_not_fit() -> None:
+    for grid, cluster in ((6, 4), (2, 3), (34, 17), (1, 0)):
+        with pytest.raises(pm.MachineError, match=f"{cluster} CTAs"):
+            run_cluster(PUT, grid=grid, cluster=cluster)
+    text = small(PUT.replace("put", "out"), 32).replace("{\n", ".reqnctapercluster 2, 1, 1\n{\n", 1)
+    out = np.zeros(1024, np.uint32)
+    with pytest.raises(pm.MachineError, match="reqnctapercluster 2"):
+        launch(text, {"out": out}, [out.ctypes.data], grid=6, smem=8192)
+
+
+# ---------------------------------------------------------------------- shared memory of other CTAs of a cluster
+# A lane has 16 bytes at r10; those of the next CTA of the cluster are at r12.
+FAR = (
+    NEIGHBOURS
+    + """
+    mov.u32 r10, smem; shl.b32 r11, lane, 4; add.u32 r10, r10, r11; mapa.shared::cluster.u32 r12, r10, r5;
+    add.u32 r9, r6, 1000;
+"""
+)
+STORE, LOAD = "st.shared.v2.b32 [r10+32], {r6, r9};", "ld.shared::cluster.b32 r8, [r12+32];"
+BARRIER, RELAXED = f"{RELEASE} {ACQUIRE}", f"barrier.cluster.arrive.relaxed.aligned; {ACQUIRE}"
+FAR_READ = f"{STORE} {BARRIER} {LOAD}"
+
+
+def run_far(body: str, threads: int = 32, grid: int = 6, cluster: int = 3, **options: Any) -> np.ndarray:
+    return run_small(FAR + body, threads, CLUSTER_REGS, grid=grid, cluster=cluster, **options)
+
+
+def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
+    """The next CTA's; the own by each of its addresses; of a CTA for each lane; and again after a second round."""
+    body = f"""
+    {STORE} {BARRIER}
+    ld.shared::cluster.v2.f32 {{f0, f1}}, [r12+32]; mov.b32 r8, f1; st.global.b32 [put], r8;
+    rem.u32 r13, lane, r2; mapa.shared::cluster.u32 r14, r10, r13; ld.shared::cluster.u32 r15, [r14+32];
+    mapa.shared::cluster.u32 r14, r10, r1; ld.shared::cluster.b32 r16, [r14+32]; ld.shared::cta.b32 r17, [r14+32];
+    ld.shared::cluster.b32 r18, [r10+32]; mapa.shared::cluster.u32 r14, smem, 0; ld.shared::cluster.b32 r19, [r14+36];
+    add.u32 r16, r16, r17; add.u32 r16, r16, r18; add.u32 r16, r16, r19;
+    {BARRIER} add.u32 r6, r6, 7; {STORE} {BARRIER} {LOAD}
+    add.u32 r15, r15, r16; add.u32 r15, r15, r8; st.global.b32 [put+2048], r15; {BARRIER}
+    """
+    assemble(small(FAR + body, 32, CLUSTER_REGS), tmp_path / "far.ptx")
+    for grid, cluster, options in ((6, 3, {}), (8, 2, {"concurrent": 2}), (4, 1, {}), (6, 3, {"checks": False})):
+        for seed in range(3):
+            out = run_far(body, grid=grid, cluster=cluster, seed=seed, **options).reshape(32, 32)
+            np.testing.assert_array_equal(out[:grid], neighbours(grid, cluster) + 1000)
+            cta = np.arange(grid)[:, None]
+            first = cta // cluster * cluster
+            want = (first + LANE % cluster) * 100 + LANE + 3 * (cta * 100 + LANE) + first * 100 + 1000
+            np.testing.assert_array_equal(out[16 : 16 + grid], want + neighbours(grid, cluster) + 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "body"),
+    [
+        ((pm.Race, pm.Uninitialised), "rank|which nothing has", STORE + LOAD),
+        ((pm.Race, pm.Uninitialised), "rank|which nothing has", f"{RELEASE} {STORE} {ACQUIRE} {LOAD}"),
+        (pm.Race, r"read of rank \d .*ordered by barrier.cluster after .* warp 0, line", STORE + RELAXED + LOAD),
+        ((pm.Race, pm.Uninitialised), "rank|which nothing has", f"{STORE} {RELEASE} {LOAD} {ACQUIRE} {BARRIER}"),
+        (pm.Uninitialised, r"by rank \d .* of smem\+", FAR_READ.replace("r12+32", "r12+2048") + BARRIER),
+        (pm.Race, r"not ordered by barrier\.cluster", FAR_READ + STORE + BARRIER),
+        (pm.Race, r"write of smem.* after the read by warp 0 of rank", FAR_READ + RELAXED + STORE + BARRIER),
+        (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_READ),
+        (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_READ + RELEASE),
+        (pm.ProtocolError, r"the end of the CTA .* the read of smem\+\d+ by warp 0 of rank", FAR_READ + RELAXED),
+        (
+            pm.MemoryFault,
+            r"CTA \([14], 0, 0\), which has exited",
+            f"{STORE} {BARRIER} setp.eq.u32 p0, r1, 1; @p0 ret; {BARRIER} {LOAD} {BARRIER}",
+        ),
+        (pm.MemoryFault, "rank 3 of a cluster of 3", "mapa.shared::cluster.u32 r12, r10, r2;"),
+        (pm.MemoryFault, "outside", "mapa.shared::cluster.u32 r12, r0, 0;"),
+        (pm.MemoryFault, "outside", FAR_READ.replace("r12+32", "r12+8192") + BARRIER),
+        (pm.MemoryFault, "multiple of 4", FAR_READ.replace("r12+32", "r12+33") + BARRIER),
+        (pm.MemoryFault, "has 3 CTAs", f"add.u32 r12, r12, 0x4000000; {FAR_READ} {BARRIER}"),
+        (pm.MemoryFault, r"smem\+\d+ of rank", FAR_READ.replace("ld.shared::cluster", "ld.shared") + BARRIER),
+        (pm.MemoryFault, r"smem\+\d+ of rank", f"{BARRIER} st.shared::cluster.b32 [r12], 0; {BARRIER}"),
+    ],
+)
+def test_mistakes_with_shared_memory_of_other_ctas(error: Any, message: str, body: str) -> None:
+    for seed in range(4):
+        with pytest.raises(error, match=message) as caught:
+            run_far(body, seed=seed)
+        assert caught.value.cta is not None
+
+
+def test_what_a_cta_knows_of_its_copies_others_learn() -> None:
+    """A bulk copy that warp 0 has waited for; warp 1 alone orders the CTAs, and reads."""
+    copy = """
+    setp.eq.u32 p1, r0, 0;
+    @p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 128; ld.param.u64 rd3, [p_out];
+    @p1 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [smem+1024], [rd3], 128, [smem];
+    setp.ne.u32 p2, warp, 0; @p2 bra ON;
+    """
+    end = f"""
+    ON: bar.sync 0; @!p2 bra ZERO; {BARRIER} mapa.shared::cluster.u32 r12, smem, r5; shl.b32 r11, lane, 2;
+    add.u32 r12, r12, r11; ld.shared::cluster.b32 r8, [r12+1024]; st.global.b32 [put+2048], r8; {BARRIER} bra END;
+    ZERO: {RELAXED} {RELAXED} END:
+    """
+    for seed in range(3):
+        out = np.arange(1024, dtype=np.uint32)
+        text = small(NEIGHBOURS + INIT + copy + WAIT0 + end, 64, CLUSTER_REGS)
+        launch(text, {"out": out}, [out.ctypes.data], grid=6, smem=8192, cluster=3, seed=seed)
+        np.testing.assert_array_equal(out.reshape(32, 32)[16:22], np.tile(LANE, (6, 1)))
+        with pytest.raises(pm.Race, match="rank"):
+            run_small(NEIGHBOURS + INIT + copy + end, 64, CLUSTER_REGS, grid=6, cluster=3, seed=seed)
+
+
+# ---------------------------------------------------------------------- bulk copies out of shared memory
+# A lane has 16 bytes at r10; rd2 is the output, rd3 the lane's 16 bytes of it.
+LEAVE = """
+    mov.u32 r10, smem; shl.b32 r11, r0, 4; add.u32 r10, r10, r11; ld.param.u64 rd2, [p_out]; mul.wide.u32 rd3, r0, 16;
+    add.s64 rd3, rd3, rd2; setp.eq.u32 p0, r0, 0; setp.eq.u32 p1, r0, 1; add.u32 r1, r0, 100;
+"""
+FILL = "st.shared.v4.b32 [r10], {r0, r1, r0, r1};"
+FENCE = "fence.proxy.async.shared::cta; bar.sync 0;"
+OUT = "@p0 cp.async.bulk.global.shared::cta.bulk_group [rd2], [r10], 512;"
+COMMIT, WAIT = "@p0 cp.async.bulk.commit_group;", "@p0 cp.async.bulk.wait_group 0;"
+READ = "@p0 cp.async.bulk.wait_group.read 0;"
+FILLED = np.stack([LANE, LANE + 100, LANE, LANE + 100], axis=1)
+
+
+@pytest.mark.parametrize("wait", [WAIT, READ, READ + WAIT])
+def test_bulk_copies_out_of_shared_memory(wait: str, tmp_path: Path) -> None:
+    """One by thread 0, whose source is written again after the wait; a size in a register is as good."""
+    body = f"{LEAVE} {FILL} {FENCE} {OUT} {COMMIT} {wait} bar.sync 0; add.u32 r0, r0, 1; {FILL}"
+    assemble(small(body), tmp_path / "out.ptx")
+    for seed in range(4):
+        for text in (body, "mov.u32 r9, 512;" + body.replace("512;", "r9;")):
+            np.testing.assert_array_equal(run_small(text, seed=seed)[:128].reshape(32, 4), FILLED)
+
+
+def test_groups_of_bulk_copies() -> None:
+    """Each thread has its own: a copy of each, then two groups of thread 0, of which the first must have ended."""
+    each = "cp.async.bulk.global.shared::cta.bulk_group [rd3], [r10], 16; cp.async.bulk.commit_group;"
+    body = f"{LEAVE} {FILL} {FENCE} {each} cp.async.bulk.wait_group 0; ld.global.v2.b32 {{r4, r5}}, [rd3];"
+    two = f"""
+    add.s64 rd4, rd2, 1024; @p0 cp.async.bulk.global.shared::cta.bulk_group [rd4], [r10], 256; {COMMIT}
+    @p0 cp.async.bulk.global.shared::cta.bulk_group [rd4+256], [r10+256], 256; {COMMIT}
+    @p0 cp.async.bulk.wait_group 1; @p0 st.shared.b32 [r10+16], 7; {WAIT}
+    setp.lt.u32 p2, r0, 16; add.u32 r4, r4, r5; @!p2 st.shared.v4.b32 [r10], {{r4, r4, r4, r4}};
+    st.global.b32 [out+2048], r4;
+    """
+    for seed in range(4):
+        out = run_small(body + two, seed=seed)
+        for start in (0, 256):
+            np.testing.assert_array_equal(out[start : start + 128].reshape(32, 4), FILLED)
+        np.testing.assert_array_equal(out[512:544], 2 * LANE + 100)
+    with pytest.raises(pm.Race, match=r"write of smem\+16 while a bulk copy reads it"):
+        run_small((body + two).replace("wait_group 1", "wait_group 2"))
+
+
+def test_a_bulk_copy_out_ends_at_any_time() -> None:
+    body = f"{LEAVE} {FILL} {FENCE} {OUT} {COMMIT} add.u32 r0, r0, 1; {'add.u32 r2, r0, r0;' * 50} {FILL} {WAIT}"
+    first = {int(run_small(body, checks=False, seed=seed)[0]) for seed in range(20)}
+    assert first == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "threads", "body"),
+    [
+        (pm.Race, "bulk copy's read without fence.proxy.async", 32, f"{FILL} bar.sync 0; {OUT} {COMMIT} {WAIT}"),
+        (pm.Race, "without fence.proxy.async", 32, f"{FENCE} {FILL} bar.sync 0; {OUT} {COMMIT} {WAIT}"),
+        (pm.Race, "without fence.proxy.async", 32, f"{FILL} @p0 fence.proxy.async; {OUT} {COMMIT} {WAIT}"),
+        (
+            pm.Race,
+            "without fence.proxy.async",
+            64,
+            f"{FILL} bar.sync 0; fence.proxy.async; {OUT.replace('512', '1024')} {COMMIT} {WAIT}",
+        ),
+        (pm.MachineError, "bulk copy's read", 64, f"{FILL} fence.proxy.async; {OUT.replace('512', '1024')} {COMMIT}"),
+        (pm.Uninitialised, "bulk copy's read", 32, OUT),
+        (pm.Race, "while a bulk copy reads it", 32, f"{FILL} {FENCE} {OUT} {COMMIT} {FILL} {WAIT}"),
+        (pm.Race, "while a bulk copy reads it", 32, f"{FILL} {FENCE} {OUT} {WAIT} {FILL}"),
+        (
+            pm.Race,
+            "while a bulk copy reads it",
+            64,
+            f"""{FILL} {FENCE} {OUT} {COMMIT} bar.sync 0; setp.eq.u32 p2, r0, 32;
+            @p2 st.shared.b32 [smem], 0; bar.sync 0;""",
+        ),
+        (
+            pm.Race,
+            "not ordered after the (read|write)",
+            64,
+            f"{FILL} {FENCE} {OUT} {COMMIT} {WAIT} @!p0 st.shared.b32 [smem], 0;",
+        ),
+        (pm.ProtocolError, "was not committed: line", 32, f"{FILL} {FENCE} {OUT}"),
+        (pm.ProtocolError, "was not committed: line", 32, f"{FILL} {FENCE} {OUT} {WAIT}"),
+        (pm.ProtocolError, "was not waited for: line", 32, f"{FILL} {FENCE} {OUT} {COMMIT}"),
+        (pm.ProtocolError, "was not waited for", 32, f"{FILL} {FENCE} {OUT} {COMMIT} {WAIT.replace(' 0', ' 1')}"),
+        (pm.ProtocolError, "was not waited for", 32, f"{FILL} {FENCE} {OUT} {COMMIT} {WAIT.replace('p0', 'p1')}"),
+        (pm.ProtocolError, "was not committed", 32, f"{FILL} {FENCE} {OUT} {COMMIT.replace('p0', 'p1')} {WAIT}"),
+        (pm.MemoryFault, "multiples of 16", 32, f"{FILL} {FENCE} {OUT.replace('512', '500')}"),
+        (pm.MemoryFault, "multiples of 16", 32, f"{FILL} {FENCE} {OUT.replace('512', '0')}"),
+        (pm.MemoryFault, "multiples of 16", 32, f"{FILL} {FENCE} {OUT.replace('rd2', 'rd2+8')}"),
+        (pm.MemoryFault, "not a multiple of 16", 32, f"{FILL} {FENCE} {OUT.replace('r10', 'r10+8')}"),
+        (pm.MemoryFault, "over its end", 32, f"{FILL} {FENCE} {OUT.replace('rd2', 'rd2+3840')}"),
+        (pm.MemoryFault, "outside the 8192", 32, f"{FILL} {FENCE} {OUT.replace('r10', 'r10+8000')}"),
+    ],
+)
+def test_mistakes_with_bulk_copies_out(error: type[pm.MachineError], message: str, threads: int, body: str) -> None:
+    for seed in range(3):
+        with pytest.raises(error, match=message) as caught:
+            run_small(LEAVE + body, threads, seed=seed)
+        assert caught.value.text
+
+
+def test_a_bulk_copy_to_a_read_only_buffer() -> None:
+    array = np.zeros(1024, np.uint32)
+    with pytest.raises(pm.MemoryFault, match="read-only"):
+        launch(small(f"{LEAVE} {FILL} {FENCE} {OUT}"), {"in": array}, [array.ctypes.data], smem=8192)
+
+
+def test_other_ctas_see_a_bulk_copy_that_was_waited_for() -> None:
+    copy = f"""
+    mov.u32 r10, smem; shl.b32 r11, lane, 2; add.u32 r11, r10, r11; st.shared.b32 [r11], r6; {FENCE}
+    setp.eq.u32 p0, r0, 0; @p0 cp.async.bulk.global.shared::cta.bulk_group [put], [r10], 128; {COMMIT}
+    """
+    body = f"{copy} {WAIT} {BARRIER} {GET} st.global.b32 [put+2048], r7;"
+    for seed in range(3):
+        np.testing.assert_array_equal(run_cluster(body, seed=seed).reshape(32, 32)[16:22], neighbours(6, 3))
+        with pytest.raises(pm.Race, match=r"read of out.* not ordered .* cp\.async\.bulk"):
+            run_cluster(body.replace(WAIT, READ), seed=seed)
+        with pytest.raises(pm.Race, match=r"ordered by barrier\.cluster"):
+            run_cluster(f"{copy} {WAIT} {GET}", seed=seed)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ("frobnicate.u32 r1, r0;", "not modelled"),
+        ("mapa.shared::cluster.u64 rd1, rd2, 0;", "type of mapa"),
+        ("mapa.u32 r1, r2, 0;", "shared::cluster"),
+        ("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [rd1], [r1], 16;", "reduce|not modelled"),
+        ("cp.async.bulk.global.shared::cluster.bulk_group [rd1], [r1], 16;", "only bulk copies"),
         ("add.cc.u32 r1, r0, r0;", "cc"),
         ("add.u32 r1, r0, nothing;", "not declared"),
         ("add.u32 rd1, r0, r0;", "64 bits"),

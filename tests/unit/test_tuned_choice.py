@@ -20,7 +20,8 @@ from mla_jit.tuning import lookup, store
 from mla_jit.tuning.rows import Trial
 
 HOPPER = target.targets()["sm_90"]
-PROBLEM = DecodeProblem(num_heads=16, batch=4, max_kv_len=4096, hinted=True)
+# An operand that the PTX kernels refuse: Triton's is the default.
+PROBLEM = DecodeProblem(num_heads=16, batch=4, max_kv_len=4096, hinted=True, misaligned=("q",))
 DEFAULT = splitk.default(PROBLEM, HOPPER)
 OTHER = DEFAULT.replace(combine_s=4, num_kv_splits=7)
 

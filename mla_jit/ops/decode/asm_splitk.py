@@ -27,7 +27,9 @@ _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
 _FEW = 16  # sequences
 _LITTLE = 24576  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
-_CLUSTERS = (2,)  # pieces. Greater clusters leave SMs idle: 32 of four took two rounds on an H200 (70 us, 41 without)
+_CLUSTER = (
+    2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
+)
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
 _GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
@@ -122,9 +124,6 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
     if config["pdl"] and not target.has("pdl"):
         return f"{target.name} has no programmatic dependent launch"
-    if config["together"] and (p.batch_invariant or splitk.num_splits(p, config) not in _CLUSTERS):
-        count = "batch_invariant" if p.batch_invariant else f"{splitk.num_splits(p, config)} pieces"
-        return f"{count}: clusters put {', '.join(map(str, _CLUSTERS))} pieces together"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
@@ -137,13 +136,13 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     like = dict(gluon.default(p, target)) | {"block_m": template.block(p, target)}
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
-    config = Config.of(template.name, **like, policy="evict_first", together=False)
-    config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
-    return config.replace(together=not p.batch_invariant and splitk.num_splits(p, config) in _CLUSTERS)
+    config = Config.of(template.name, **like, policy="evict_first", together=True)
+    return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
 
 
 def _tokens(p: DecodeProblem) -> int:
-    return p.total_kv if p.total_kv is not None else p.batch * p.max_kv_len
+    """At most so many: what is compiled ahead is looked for by bounds (ahead.py)."""
+    return p.batch * p.max_kv_len
 
 
 def _like(config: Config) -> Config:
@@ -157,7 +156,7 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "BATCH_POW2": splitk._batch_pow2(p),
-        "SPLITS": splitk.num_splits(p, config) if config["together"] else 0,
+        "SPLITS": _CLUSTER if _together(p, config) else 0,
         "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
         "TOKENS": config.int("block_n"), "GATHER": _gathers(p, config), "CAUSAL": p.causal and p.q_len > 1,
         "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
@@ -205,9 +204,14 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
     return (stage1, *(() if _always_together(p, config) else splitk.combines(p, target, _like(config))))
 
 
+def _together(p: DecodeProblem, config: Config) -> bool:
+    """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together."""
+    return bool(config["together"]) and not p.batch_invariant and splitk.num_splits(p, config) == _CLUSTER
+
+
 def _always_together(p: DecodeProblem, config: Config) -> bool:
     """Whether all pieces are put together by clusters: where lengths may be uneven, the kernel decides (pieces.ptx)."""
-    return bool(config["together"]) and not splitk._balances(p)
+    return _together(p, config) and not splitk._balances(p)
 
 
 def _launches(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
@@ -220,9 +224,9 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     args = tuple(arg for *_, arg in _arguments(p, target, config))
     grid = (max(1, slots(p, target, config) * splitk._row_blocks(p, config)), 1, 1)
     stage1 = dataclasses.replace(like, args=args, grid=grid)
-    if not config["together"]:
+    if not _together(p, config):
         return (stage1, *rest)
-    stage1 = dataclasses.replace(stage1, cluster=splitk.num_splits(p, config))
+    stage1 = dataclasses.replace(stage1, cluster=_CLUSTER)
     if _always_together(p, config):
         return (stage1,)
     (combine,) = rest
@@ -234,12 +238,12 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
     """Pieces that the grid and the workspace hold: whole clusters.
 
     For uneven lengths as in splitk.py, but for few sequences no more than the device works on at once beside one for
-    each: a program here fills an SM, so one that has nothing to do must wait until another ends, and the combine for it.
+    each: a program here fills an SM, so one that has nothing to do waits until another ends, and the combine for it.
     """
     found = splitk.slots(p, target, config)
     if splitk._balances(p) and p.batch <= _FEW:
         found = max(p.batch * splitk.num_splits(p, config), p.batch + splitk._wave(p, target, config))
-    each = splitk.num_splits(p, config) if config["together"] else 1
+    each = _CLUSTER if _together(p, config) else 1
     return -(-found // each) * each
 
 
@@ -262,13 +266,12 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
     if config["block_m"] == _BOX:
-        beside = 0.95 * wide
-    elif p.rows <= _NARROW:
-        beside = 0.9 if p.rows <= 16 else 0.7
-    else:
-        little = _tokens(p) * -(-p.rows // _BOX) * p.num_kv_heads <= _LITTLE
-        beside = 0.85 * min(1.0, wide) if little else 2.0
-    return dataclasses.replace(found, time_us=found.time_us * beside)
+        return dataclasses.replace(found, time_us=0.95 * wide * found.time_us)
+    if p.rows <= _NARROW:  # never slower than Triton's own
+        plain = splitk.cost(p, target, splitk.default(p, target)).time_us
+        return dataclasses.replace(found, time_us=(0.9 if p.rows <= 16 else 0.7) * min(found.time_us, plain))
+    little = _tokens(p) * -(-p.rows // _BOX) * p.num_kv_heads <= _LITTLE
+    return dataclasses.replace(found, time_us=(0.85 * min(1.0, wide) if little else 2.0) * found.time_us)
 
 
 def _variant(template: Template, revision: int) -> Variant:

@@ -124,7 +124,8 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
-    "block_m": (64,), "block_n": (64,), "num_warps": (8,), "lazy": (False, True), "overhead": (5, 10, 20, 40), "waves": (1,),
+    "block_m": (64,), "block_n": (64,), "num_warps": (8,), "lazy": (False, True),
+    "overhead": (5, 10, 20, 40), "waves": (1,),
     "combine_s": (2, 4, 8, 16, 32, 64), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512),
 }  # fmt: skip
 
