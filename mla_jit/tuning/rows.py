@@ -133,10 +133,10 @@ class Trial:
         """InvalidInput for what is no trial."""
         try:
             data = json.loads(text)
+            config = data.pop("config")
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("problem").items()}
             problem = PROBLEMS[fields["op"]](**fields)
-            config = Config.from_json(json.dumps(data.pop("config")))
-            return cls(problem=problem, config=config, **data)
+            return cls(problem=problem, config=Config.of(config.pop("variant"), **config), **data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import os
@@ -207,7 +208,27 @@ def read_trials(
 
 def plain(trial: Trial) -> Trial:
     """The trial as it comes back from a column or a line: 8 → 8.0, NaN → None. InvalidInput for what is none."""
-    return next(read_trials([_record(trial)]))
+    return trial if _is_plain(trial) else next(read_trials([_record(trial)]))
+
+
+def _is_plain(trial: Trial) -> bool:
+    """Whether each value is of its column's own type, so that it comes back as it is."""
+    if not all(type(value) in (int, str, bool) for _, value in trial.config.items_):
+        return False
+    problem = trial.problem
+    for thing, names in ((trial, _TRIAL), (problem, _OWN[problem.op])):
+        for name in names:
+            value = getattr(thing, name)
+            if value is None or (name in _TUPLES and value == ()):
+                continue
+            if name in _TUPLES or type(value) is not _type(name) or value != value or value in (math.inf, -math.inf):
+                return False
+    return True
+
+
+@functools.cache
+def _type(name: str) -> type:
+    return bool if name in _BOOLS else int if name in _INTS else float if name in _FLOATS else str
 
 
 # -------------------------------------------------------------------------------------------------------------- Store
