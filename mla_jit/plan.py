@@ -216,9 +216,8 @@ def load(data: bytes, target: Target) -> int:
     for row in rows:
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["problem"].items()}
         problem, config = PROBLEMS[fields["op"]](**fields), Config.from_json(row["config"])
-        variant = next((v for v in ops.variants(problem.op) if v.name == config.variant), None)
-        reason = "no such variant" if variant is None else variant.rejects(problem, target, config)
-        if variant is None or reason is not None:
+        variants, legal = _rows(problem, target)
+        if (reason := legal(config)) is not None:
             raise InvalidInput(
                 f"the plan's {config} for {problem} is illegal here: {reason}; export it on a like device"
             )
@@ -229,7 +228,7 @@ def load(data: bytes, target: Target) -> int:
                 "call, or call mla_jit.reload() first"
             )
         found[_chosen_alike(problem), target.name] = Choice(
-            variant, config, row["provenance"], {}, f"{row['why']} (loaded plan)".strip()
+            variants[config.variant], config, row["provenance"], {}, f"{row['why']} (loaded plan)".strip()
         )
     _installed.update(found)
     return len(found)

@@ -34,7 +34,10 @@ class Arg:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel of an op's sequence: which source, grid, arguments. `pdl`: may start before the one before it ends."""
+    """One kernel of an op's sequence: which source, grid, arguments. `pdl`: may start before the one before it ends.
+
+    `cluster`: so many neighbours of the grid run at once and see each other's shared memory (CUDA alone).
+    """
 
     kernel: int  # index into the variant's sources
     grid: tuple[int, int, int]

@@ -50,7 +50,7 @@ def predicted_us(
     time_us = target.launch_us + _stage1(problem, target, variant, config, cut, artifact)
     if numbers.get("wave", 0) > 0:
         time_us += _SCHEDULE
-    if cut > 1 and config.get("together") and config.int("num_kv_splits") == 2:
+    if cut > 1 and config.get("together") and numbers["num_splits"] == 2 and not problem.batch_invariant:
         time_us += _TOGETHER
     elif cut > 1:
         time_us += target.launch_us + _combine(problem, target, config, cut)

@@ -40,7 +40,6 @@ POLICY = (
 _RATES = ("bandwidth_gbps", "bf16_tflops", "launch_us")
 _SIZES = ("G", "BATCH_POW2")  # constants that hardly move what a kernel uses: 8 to 128 heads, by 8 % of the registers
 _TILE = ("block_m", "block_n")
-_NOT_COMPILED = ("num_kv_splits", "min_tiles", "combine_s", "combine_h", "combine_d")  # into the first kernel
 _PROBES = 0.6  # part of the kernels that the choice may cost; the others are those of the rows
 _TRIED = 3  # kernels beside the defaults' that a kind of problem gets
 _CUTS = 24  # of a kernel's configs, by the model without its artifact
@@ -194,7 +193,7 @@ class _Search:
         groups: dict[object, list[Config]] = {}
         for config in space.candidates(problem, self.target, [self.variants[default.variant]]):
             if config != default and _promises(config, default):
-                groups.setdefault(_kernel(config), []).append(config)
+                groups.setdefault(space.first_kernel(config), []).append(config)
         others = {}
         for configs in groups.values():
             configs.sort(key=lambda config: (self.guess(problem, config), config.to_json()))
@@ -423,11 +422,6 @@ def _doubted(target: Target) -> Iterator[Target]:
 def _plain(source: Source) -> Source:
     """The kernel without what hardly moves its resources."""
     return dataclasses.replace(source, constants=tuple(c for c in source.constants if c[0] not in _SIZES))
-
-
-def _kernel(config: Config) -> tuple[object, ...]:
-    """What determines the first kernel."""
-    return config.variant, tuple(item for item in config.items_ if item[0] not in _NOT_COMPILED)
 
 
 def _kind(problem: DecodeProblem) -> DecodeProblem:

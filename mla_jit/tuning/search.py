@@ -22,6 +22,7 @@ from mla_jit.problem import Tunable
 from mla_jit.target import Target
 from mla_jit.tuning.heuristic import predicted_us
 from mla_jit.tuning.rows import OK, preferred
+from mla_jit.tuning.space import first_kernel as _kernel
 
 SEARCHES = ("auto", "exhaustive")
 SHORT, LONGER, PLAYOFF = 0, 1, 2  # efforts
@@ -38,7 +39,6 @@ _CURIOSITY = 0.12  # how much faster (log) than predicted a config may be of who
 _TRUST = 0.5  # measured likes that weigh as much as the mean of all
 _FAULTY = math.log(8)  # a fault counts as so much slower than predicted, so that its like come later
 _CUT = ("min_tiles", "overhead", "waves", "per_sm")  # how work is cut, beside the splits
-_NOT_COMPILED = ("num_kv_splits", *_CUT, "combine_s", "combine_h", "combine_d")  # into the first kernel
 
 
 class Measurement(Protocol):
@@ -467,11 +467,6 @@ def _rest(config: Config) -> tuple[Any, ...]:
 
 def _group(config: Config) -> tuple[Any, ...]:
     return (config.variant, *(config.get(name) for name in ("block_m", "block_n", "num_warps")))
-
-
-def _kernel(config: Config) -> tuple[Any, ...]:
-    """What determines the first kernel."""
-    return (config.variant, tuple(item for item in config.items_ if item[0] not in _NOT_COMPILED))
 
 
 def _splits(config: Config) -> int:

@@ -19,8 +19,9 @@ from mla_jit.problem import DecodeProblem, Tunable, bucket
 from mla_jit.target import Target
 
 Space = Mapping[str, Any]  # a variant's rows of the YAML file
-_CUT = ("num_kv_splits", "min_tiles")  # numbers of the launch: no other kernel
+_CUT = ("num_kv_splits", "min_tiles")  # numbers of the launch; no other kernel, but for two splits and `together`
 _COMBINE = ("combine_s", "combine_h", "combine_d")  # of the second kernel
+_NOT_COMPILED = (*_CUT, "overhead", "waves", "per_sm", *_COMBINE, "together")  # into the first kernel
 _LEAST_COMBINE = 8  # pieces that a program of the combine may hold however few there are
 _MOST_ROUNDS = 16  # of a program of the combine over its pieces
 
@@ -83,6 +84,14 @@ def pieces(problem: Any, target: Target, variant: Variant, config: Config) -> in
         return config.int("num_kv_splits") if "num_kv_splits" in config else 1
     tiles = _tiles(problem, config)
     return -(-tiles // max(-(-tiles // numbers["num_splits"]), numbers["min_tiles"]))
+
+
+def first_kernel(config: Config) -> tuple[str, tuple[tuple[str, Value], ...]]:
+    """What of a config determines the first kernel: the variant, and tunables; `together` only with two splits."""
+    items = tuple(item for item in config.items_ if item[0] not in _NOT_COMPILED)
+    if config.get("together") and config["num_kv_splits"] == 2:
+        items += (("together", True),)
+    return config.variant, items
 
 
 def length(problem: Tunable) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mla_jit import models, ops
+from mla_jit import models, ops, plan
 from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
@@ -401,8 +401,8 @@ def _apart(a: Tunable, b: Tunable) -> float:
 
 
 def _legal(problem: Tunable, target: Target) -> Callable[[Config], bool]:
-    rows = {variant.name: variant for variant in ops.variants(problem.op)}
-    return lambda c: c.variant in rows and rows[c.variant].rejects(problem, target, c) is None
+    _, legal = plan._rows(problem, target)
+    return lambda config: legal(config) is None
 
 
 def toolchain() -> str:

@@ -734,7 +734,7 @@ def test_first_calls_in_processes_of_their_own(monkeypatch, tmp_path):
     empty, filled = overhead.first_rows(runs=1)
     assert (empty.cache, empty.call, empty.heads, empty.origins) == ("empty", "first", 16, ("compiled", "compiled"))
     assert (filled.cache, filled.call, filled.heads, filled.origins) == ("filled", "first", 16, ("disk", "disk"))
-    assert empty.variant == filled.variant == "decode_splitk_triton"
+    assert empty.variant == filled.variant == "decode_narrow_asm"
     assert 0 < empty.compile_s * 1e3 <= empty.median_ms
     assert filled.compile_s == 0
     assert 0 < filled.median_ms < empty.median_ms

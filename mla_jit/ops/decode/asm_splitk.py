@@ -205,8 +205,12 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
-    """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together."""
-    return bool(config["together"]) and not p.batch_invariant and splitk.num_splits(p, config) == _CLUSTER
+    """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together.
+
+    Not with bounded waits: a program that gave one up would leave its partner without the memory that it reads.
+    """
+    free = not p.batch_invariant and not settings.current().bounded_waits
+    return bool(config["together"]) and free and splitk.num_splits(p, config) == _CLUSTER
 
 
 def _always_together(p: DecodeProblem, config: Config) -> bool:
@@ -252,7 +256,9 @@ def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]
 
 
 def _workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
-    """As splitk.workspace_bytes, for as many pieces as the grid has."""
+    """As splitk.workspace_bytes, for as many pieces as the grid has; 0 where no partial is ever written."""
+    if _always_together(p, config):
+        return 0
     return slots(p, target, config) * splitk.workspace_bytes(p, target, config) // splitk.slots(p, target, config)
 
 
@@ -262,7 +268,10 @@ def _offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]
 
 
 def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
-    """decode_splitk_triton's for blocks of so many rows, times how much faster these are (fitted to one H200)."""
+    """decode_splitk_triton's for blocks of so many rows, times how much faster these are (fitted to one H200).
+
+    The bytes of partials and the second launch are in it, `together` or not.
+    """
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
     if config["block_m"] == _BOX:
@@ -291,5 +300,5 @@ def _variant(template: Template, revision: int) -> Variant:
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 1)
-DECODE_NARROW_ASM = _variant(NARROW, 1)
+DECODE_SPLITK_ASM = _variant(WIDE, 2)
+DECODE_NARROW_ASM = _variant(NARROW, 2)
