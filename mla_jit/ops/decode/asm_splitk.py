@@ -257,14 +257,13 @@ def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]
 
 def _workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
     """As splitk.workspace_bytes, for as many pieces as the grid has; 0 where no partial is ever written."""
-    if _always_together(p, config):
+    if _always_together(p, config) or not splitk._splits(p, config):
         return 0
-    return slots(p, target, config) * splitk.workspace_bytes(p, target, config) // splitk.slots(p, target, config)
+    return splitk.partials(p, slots(p, target, config))[1]
 
 
 def _offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    found = splitk.workspace_offsets(p, target, config)
-    return found | {"part_lse": slots(p, target, config) * found["part_lse"] // splitk.slots(p, target, config)}
+    return {"part": 0, "part_lse": splitk.partials(p, slots(p, target, config))[0]}
 
 
 def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:

@@ -425,12 +425,18 @@ def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
     """fp32 partials [pieces, q_len, heads, C] and their LSE [pieces, q_len, heads]; 0 without splits."""
     if not _splits(p, config):
         return 0
-    return slots(p, target, config) * p.q_len * p.num_heads * (p.kv_lora_rank + 1) * 4
+    return partials(p, slots(p, target, config))[1]
+
+
+def partials(p: DecodeProblem, pieces: int) -> tuple[int, int]:
+    """Of the partials of so many pieces: where their LSE begin, and the size of all, in bytes."""
+    rows = pieces * p.q_len * p.num_heads
+    return rows * p.kv_lora_rank * 4, rows * (p.kv_lora_rank + 1) * 4
 
 
 def workspace_offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
     """Where each buffer starts in the workspace, in bytes."""
-    return {"part": 0, "part_lse": slots(p, target, config) * p.q_len * p.num_heads * p.kv_lora_rank * 4}
+    return {"part": 0, "part_lse": partials(p, slots(p, target, config))[0]}
 
 
 def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
