@@ -16,6 +16,7 @@ from pathlib import Path
 from mla_jit.errors import SettingsError
 
 MODES = ("serve", "strict")
+BACKENDS = ("asm", "triton", "cpu")
 # Environment variables of the compilers that say where things are or what is printed, and change no code; or that
 # mla_jit sets while it compiles, whatever they were.
 _NEUTRAL = (
@@ -47,6 +48,8 @@ class Settings:
     failpoint: for tests, "name=action" (see compile/cache.py).
     tuning_db: the user's tuning database; None means `tuning.db` in the user's cache directory.
     shipped_db: whether the tuning rows shipped with the package are looked at; after `mla_jit.reload()` if changed.
+    backends: the only backends whose kernels may serve ("asm", "triton", "cpu"), all if empty; after `mla_jit.reload()` if
+        changed. To tell which backend something depends on.
     bounded_waits: assembled kernels end with a message and a trap instead of hanging at a barrier (slower; to debug).
     """
 
@@ -60,6 +63,7 @@ class Settings:
     failpoint: str | None = None
     tuning_db: Path | None = None
     shipped_db: bool = True
+    backends: tuple[str, ...] = ()
     bounded_waits: bool = False
 
     @classmethod
@@ -80,6 +84,10 @@ class Settings:
     def _checked(self) -> Settings:
         if self.mode not in MODES:
             raise SettingsError(f"mode {self.mode!r} is unknown (MLA_JIT_MODE); use one of {', '.join(MODES)}")
+        if unknown := set(self.backends) - set(BACKENDS):
+            raise SettingsError(
+                f"no backend {', '.join(sorted(unknown))} (MLA_JIT_BACKENDS); there are {', '.join(BACKENDS)}, by commas"
+            )
         return self
 
 
@@ -89,6 +97,8 @@ def _parse(variable: str, name: str, text: str) -> object:
             return Path(text).expanduser()
         if name == "cache_layers":
             return tuple(Path(p).expanduser() for p in text.split(os.pathsep) if p)
+        if name == "backends":
+            return tuple(name.strip() for name in text.split(",") if name.strip())
         if name.endswith("_s"):
             return float(text)
         if name in ("safe_compile", "shipped_db", "bounded_waits"):

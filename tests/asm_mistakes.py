@@ -2,8 +2,8 @@
 
 _FENCED = "{{ m.fence_async() }}\n"
 _PUBLISH = "    {{ m.bar_arrive(1 + b, 256) }}"
-_P_THERE = "        {{ m.bar_sync(1, 128) }}                  // P is there"
-_OTHERS = "ld.shared.v2.f32 {f2, f3}, [exchange+{{ MAXIMA + 32 * i + 4 * N * other }}];\n"
+_P_THERE = "        {{ m.bar_sync('ours', 128) }}                  // P is there"
+_OTHERS = "ld.shared.v2.f32 {f2, f3}, [{{ place }}+{{ SUMS + 32 * i + 4 * N * other }}];\n"
 
 _FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
 _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
@@ -63,31 +63,45 @@ WIDE: dict[str, tuple[str, str, str]] = {
         "sub.u32 in_page{{ i }}, t0, in_page{{ i }};",
         "mov.u32 in_page{{ i }}, 0;",
     ),
-    "copied out: no fence": ("decode_splitk.ptx", _FENCED + "        bar.warp", "        bar.warp"),
-    "copied out: no wait": ("macros.ptx", "    cp.async.bulk.wait_group 0;\n", ""),
-    "copied out: half a row": ("decode_splitk.ptx", "4 * OURS) }}", "2 * OURS) }}"),
+    "another piece's rows": ("pieces.ptx", "mul.wide.s32 heads, piece, max_q_len;", "mov.b64 heads, 0;"),
+    "a piece's LSE in the result's base": ("pieces.ptx", "@whole ld.param.f32 {{ dst }}", "ld.param.f32 {{ dst }}"),
+    "a piece to the result": ("pieces.ptx", "@!whole bra SAID;", ""),
+    "one head's rows": ("pieces.ptx", "mad.lo.s64 {{ dst }}, index, per_head, {{ dst }};", ""),
     "too few bytes expected": ("decode_splitk.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
     **TOGETHER,
 }
 NARROW: dict[str, tuple[str, str, str]] = {
-    "no fence after P": ("decode_narrow.ptx", _FENCED + _P_THERE, _P_THERE),
-    "no barrier after P": ("decode_narrow.ptx", _P_THERE, "        // P is there"),
-    "the ring's parity": ("decode_narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
-    "no wait for a free box": ("decode_narrow.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
-    "O is not rescaled": ("decode_narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
+    "no fence after P": ("narrow.ptx", _FENCED + _P_THERE, _P_THERE),
+    "no barrier after P": ("narrow.ptx", _P_THERE, "        // P is there"),
+    "the ring's parity": ("narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
+    "no wait for a free box": ("narrow.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
+    "O is not rescaled": ("narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
     "the sums of three warps": (
-        "decode_narrow.ptx",
+        "narrow.ptx",
         "(1, 2, 3) %}\n        " + _OTHERS + "        add",
         "(1, 2) %}\n        " + _OTHERS + "        add",
     ),
     "causal off by one": (
-        "decode_narrow.ptx",
+        "narrow.ptx",
         "        add.s32 t0, t0, 1;\n        {{ pieces.visible('t0') }}",
         "        {{ pieces.visible('t0') }}",
     ),
-    "V is not zeroed": ("decode_narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "gathered: told too early": ("decode_narrow.ptx", "gather.arrive(ns.bars, 1)", "gather.arrive(ns.bars, 2)"),
-    "a box too far": ("decode_narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+    "V is not zeroed": ("narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "gathered: told too early": ("narrow.ptx", "gather.arrive(ns.bars, 1)", "gather.arrive(ns.bars, 2)"),
+    "a box too far": ("narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
     **TOGETHER,
 }
-MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW}
+PAIR: dict[str, tuple[str, str, str]] = {
+    "O not yet exchanged": ("narrow.ptx", "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}", "{% if PAIR %}"),
+    "exchanged over tiles in use": (
+        "narrow.ptx",
+        "        {{ m.bar_sync(3, THEIRS) }}               // all tiles are done with\n",
+        "",
+    ),
+    "the other's O as it is": ("narrow.ptx", "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;", "mov.f32 theirs{{ j }}, f2;"),
+    "the sums of one consumer": ("narrow.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
+    "every tile by both": ("narrow.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
+    "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
+    "the same boxes of O": ("narrow.ptx", "mul.lo.u32 off, group, {{ HALF % BOXES }};", "mov.u32 off, 0;"),
+}
+MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW, "decode_narrow_pair_asm": PAIR}

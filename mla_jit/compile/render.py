@@ -5,7 +5,7 @@ names of the constants that it takes. It is filled in with these constants and:
 
     parameters       the kernel's parameter list, in the order of the signature
     arg(name)        the PTX name of a parameter; params: their names; bytes[name]: the size of what a pointer points to
-    THREADS, START_REGISTERS, …  from the header
+    ENTRY, THREADS, START_REGISTERS, …  from the header
     barrier(offset, name, …)  the address of a barrier in the program's shared memory, whose name is noted
 
 What is not filled in, and a constant or parameter that is not used, is an error. Every line of the text is traced back
@@ -144,6 +144,7 @@ def render(source: Source) -> Rendered:
         **constants,
         **{f"{role.upper()}_REGISTERS": count for role, count in head.registers.items()},
         "THREADS": head.threads,
+        "ENTRY": head.entry,
         "parameters": ",\n".join(f"    {_parameter(name, kind)}" for name, kind in source.signature),
         "params": tuple(signature),
         "bytes": {name: _BYTES[_element(kind)] for name, kind in source.signature if kind.startswith("*")},

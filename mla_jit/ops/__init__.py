@@ -5,17 +5,25 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from mla_jit import settings
+
 if TYPE_CHECKING:
     from mla_jit.ops.variant import Variant
 
 OPS = ("decode", "prefill")  # those with a support matrix and a tuning space
 
 
-@functools.cache
 def variants(op: str) -> tuple[Variant, ...]:
-    """All variants of an op, in the order in which equals are preferred. Imported on first use."""
+    """The variants of an op (of settings.backends, if any are named), in the order in which equals are preferred."""
+    backends = settings.current().backends
+    return tuple(v for v in _variants(op) if v.backend in backends) if backends else _variants(op)
+
+
+@functools.cache
+def _variants(op: str) -> tuple[Variant, ...]:
+    """Imported on first use."""
     if op == "decode":
-        from mla_jit.ops.decode.asm_splitk import DECODE_NARROW_ASM, DECODE_SPLITK_ASM
+        from mla_jit.ops.decode.asm_splitk import DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON
         from mla_jit.ops.decode.persistent import DECODE_PERSISTENT_TRITON
@@ -23,8 +31,8 @@ def variants(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
         return (
-            DECODE_NARROW_ASM, DECODE_SPLITK_ASM, DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON, DECODE_PERSISTENT_GLUON,
-            DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU,
+            DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM, DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON,
+            DECODE_PERSISTENT_GLUON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU,
         )  # fmt: skip
     if op == "prefill":
         from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU

@@ -5,6 +5,7 @@ All kernels of the chosen cases are compiled at once, on all CPUs, before the fi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import mla_jit
-from mla_jit import ahead, errors, target
+from mla_jit import ahead, errors, settings, target
 from mla_jit.dtypes import DTYPES
 from mla_jit.ops.decode.inputs import decode_inputs
 
@@ -34,7 +35,11 @@ def built(request: pytest.FixtureRequest) -> Iterator[dict[cases.Case, cases.Cal
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     calls = {p["case"]: cases.build(p["case"], DEVICE) for p in parameters if "case" in p}
     problems = [decode_inputs(call.q, call.kv_cache, **call.kwargs).problem for call in calls.values()]
-    outcomes = ahead.build_all(ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs)
+    jobs = []
+    for backends in {p["backends"] for p in parameters if "backends" in p}:
+        with only(backends):
+            jobs += ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs
+    outcomes = ahead.build_all(list({job.source.key: job for job in jobs}.values()))
     compiled = [each.artifact.compile_seconds for each in outcomes if each.artifact is not None]
     took = time.perf_counter() - started
     yield calls
@@ -48,6 +53,15 @@ def built(request: pytest.FixtureRequest) -> Iterator[dict[cases.Case, cases.Cal
         gap = max(figures, key=lambda f: f[0].lse_error)
         report.write_line(f"{types}: {len(figures)} cases, worst rel L2 {worst[0].rel_l2:.2e} ({worst[1]})")
         report.write_line(f"{'':{len(types)}}  worst |dLSE| {gap[0].lse_error:.2e} ({gap[1]})")
+
+
+@contextlib.contextmanager
+def only(backends: str) -> Iterator[None]:
+    """With kernels of these backends alone ("" for all), chosen anew."""
+    with settings.scope(backends=tuple(backends.split())):
+        mla_jit.reload()
+        yield
+    mla_jit.reload()
 
 
 def decode(call: cases.Call, **changes: Any) -> Result:
@@ -67,18 +81,20 @@ def judge(call: cases.Call, result: Result) -> cases.Figures:
     return figures
 
 
+@pytest.mark.parametrize("backends", ["", "triton"], ids=["all", "triton"])
 @pytest.mark.parametrize("case", cases.GPU, ids=lambda c: c.id)
-def test_case(case: cases.Case, built: dict[cases.Case, cases.Call], record_property: Any) -> None:
-    call = built.pop(case)
+def test_case(case: cases.Case, backends: str, built: dict[cases.Case, cases.Call], record_property: Any) -> None:
+    call = built[case]
     call.poison()
     rows = len(call.owned) * case.heads
     leave_nan(rows * case.C * DTYPES[cases.out_dtype(case)].bytes, rows * 4)
-    figures = judge(call, decode(call))
+    with only(backends):
+        figures = judge(call, decode(call))
+        dispatch = mla_jit.last_dispatch()
+    assert dispatch is not None
+    assert dispatch.backend in (backends or "asm triton").split()
     record_property("rel_l2", figures.rel_l2)
     record_property("lse_error", figures.lse_error)
-    dispatch = mla_jit.last_dispatch()
-    assert dispatch is not None
-    assert dispatch.backend == "triton"
 
 
 FAR = (

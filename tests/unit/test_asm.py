@@ -27,6 +27,8 @@ from mla_jit.problem import DecodeProblem
 
 HOPPER = target.by_name("sm_90")
 WIDE, NARROW = asm_splitk.DECODE_SPLITK_ASM, asm_splitk.DECODE_NARROW_ASM
+PAIR = asm_splitk.DECODE_NARROW_PAIR_ASM
+FILES = {WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx", PAIR.name: "decode_narrow_pair.ptx"}
 GOLDEN = Path(__file__).parents[1] / "golden" / "asm"
 PLAIN = DecodeProblem(num_heads=16, batch=4)
 
@@ -86,7 +88,7 @@ def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
     """(variant, artifact, constants) of each variant that serves the row. For a child process."""
     found = []
     with settings.scope(bounded_waits=row["bounded"]):
-        for variant in (WIDE, NARROW):
+        for variant in (WIDE, NARROW, PAIR):
             problem = problem_of(row)
             config = variant.default(problem, HOPPER).replace(**{k: row[k] for k in ("lazy", "policy", "pdl")})
             if variant is WIDE:
@@ -117,9 +119,9 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
     """A pairwise covering array of what a template is filled in with: no spills, and none of ptxas's advice."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
         outcomes = list(itertools.chain.from_iterable(pool.map(assembled, ROWS)))
-    assert {name for name, *_ in outcomes} == {WIDE.name, NARROW.name}
+    assert {name for name, *_ in outcomes} == set(FILES)
     for name, artifact, constants in outcomes:
-        head = render.header("sm_90a", {WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx"}[name])
+        head = render.header("sm_90a", FILES[name])
         assert artifact.spill_bytes == 0, constants
         assert artifact.registers <= head.registers["start"], constants
         assert artifact.registers * artifact.threads <= HOPPER.registers_sm, constants
@@ -127,9 +129,10 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
         assert bool(artifact.extra["barriers"]) == constants["DEBUG"]
 
 
-def test_the_roles_registers_fit_the_device() -> None:
+@pytest.mark.parametrize("variant", [WIDE, PAIR], ids=lambda v: v.name)
+def test_the_roles_registers_fit_the_device(variant: Variant) -> None:
     """What setmaxnreg asks for: a producer's and two consumers' warpgroups share what the program starts with."""
-    count = render.header("sm_90a", "decode_splitk.ptx").registers
+    count = render.header("sm_90a", FILES[variant.name]).registers
     for producer, consumer in (("producer", "consumer"), ("gathering", "beside")):
         assert 128 * (count[producer] + 2 * count[consumer]) <= 3 * 128 * count["start"] <= HOPPER.registers_sm
     assert all(each % 8 == 0 for each in count.values())
@@ -147,6 +150,7 @@ def test_every_pair_occurs() -> None:
     [
         (WIDE, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128)),
         (NARROW, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
+        (PAIR, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
         (
             WIDE,
             DecodeProblem(
@@ -165,7 +169,7 @@ def test_every_pair_occurs() -> None:
             ),
         ),
     ],
-    ids=["wide", "narrow", "much"],
+    ids=["wide", "narrow", "pair", "much"],
 )
 def test_rendered_text_is_as_committed(
     variant: Variant, problem: DecodeProblem, request: pytest.FixtureRequest
@@ -185,8 +189,8 @@ def test_rendered_text_is_as_committed(
 
 
 def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:
-    source = edited(source_of(), "decode_narrow.ptx", "{{ m.wgmma_commit() }}", "{{ m.wgmma_commit() }} {{ NO_SUCH }}")
-    with pytest.raises(CompileError, match=r"decode_narrow\.ptx, line \d+: 'NO_SUCH' is undefined"):
+    source = edited(source_of(), "narrow.ptx", "{{ m.wgmma_commit() }}", "{{ m.wgmma_commit() }} {{ NO_SUCH }}")
+    with pytest.raises(CompileError, match=r"narrow\.ptx, line \d+: 'NO_SUCH' is undefined"):
         render.render(source)
 
 
@@ -220,11 +224,10 @@ def test_a_parameter_that_is_not_read_is_an_error() -> None:
 
 
 def test_the_assemblers_message_comes_with_the_templates_line() -> None:
-    source = edited(source_of(), "decode_narrow.ptx", "    bar.sync 0;\n", "    bar.snyc 0;\n")
-    line = next(
-        n for n, text in enumerate(json.loads(source.content)[0][1].splitlines(), 1) if text.strip() == "bar.snyc 0;"
-    )
-    with pytest.raises(CompileError, match=rf"\[bar\.snyc 0; = decode_narrow\.ptx, line {line}\]"):
+    source = edited(source_of(), "narrow.ptx", "    bar.sync 0;\n", "    bar.snyc 0;\n")
+    text = dict(json.loads(source.content))["narrow.ptx"]
+    line = next(n for n, line in enumerate(text.splitlines(), 1) if line.strip() == "bar.snyc 0;")
+    with pytest.raises(CompileError, match=rf"\[bar\.snyc 0; = narrow\.ptx, line {line}\]"):
         ptx.compile_source(source)
 
 
@@ -232,8 +235,8 @@ def test_the_assemblers_message_comes_with_the_templates_line() -> None:
     ("variant", "file", "old", "new"),
     [
         (WIDE, "decode_splitk.ptx", ".reqntid {{ THREADS }}, 1, 1\n.minnctapersm 1\n", ".minnctapersm 1\n"),
-        (NARROW, "decode_narrow.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if CAP %}",
-         "        {{ m.wgmma_commit() }}\n{% if CAP %}"),
+        (NARROW, "narrow.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if R %}",
+         "        {{ m.wgmma_commit() }}\n{% if R %}"),
     ],
     ids=["registers that cannot be moved", "an accumulator read too early"],
 )  # fmt: skip
@@ -258,6 +261,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         "decode_narrow.ptx",
         "gather.ptx",
         "macros.ptx",
+        "narrow.ptx",
         "pieces.ptx",
         "queries.ptx",
         "together.ptx",

@@ -76,13 +76,17 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
     }  # fmt: skip
 
 
-def _narrow_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """The ring, q, P, maxima of four warps, barriers; as many boxes in the ring as there is room for."""
-    n = config.int("block_m")
-    copied = _boxes(p) + (1 if p.rope_dim else 0)
-    q, weights, maxima = (_boxes(p) + 1) * n * 128, n * 128, 16 * n
+def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: int = 1) -> dict[str, Any]:
+    """The ring, q; of each consumer P, and maxima of its four warps; barriers. As many boxes in the ring as there is room
+    for. Two consumers then have their sums and maxima in one place, and in the ring what they exchange of O."""
+    n, boxes = config.int("block_m"), _boxes(p)
+    copied = boxes + (1 if p.rope_dim else 0)
+    q, weights, maxima = (boxes + 1) * n * 128, consumers * n * 128, (16 if consumers == 1 else 40) * n
     slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
-    slots = max(2 * copied, min(slots, _TILES * copied))  # fewer than two tiles: the gatherer would wait for itself
+    exchanged = (boxes + boxes % 2) * n * 256 if consumers == 2 else 0
+    ends = n * (4 * p.kv_lora_rank + 16) + 1024 + exchanged  # and a piece's rows, to be put together
+    # with fewer than two tiles the gatherer would wait for itself
+    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, _TILES * copied))
     ring = slots * _BOX_BYTES
     at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
@@ -103,6 +107,10 @@ NARROW = Template(
         else 16 if -(-p.rows // 16) * p.num_kv_heads * _tokens(p) <= target.sms * _BOX else _NARROW
     ),
     layout=_narrow_layout, space=(8, 16, 24, 32), tiles=(64,),
+)  # fmt: skip
+NARROW_PAIR = dataclasses.replace(
+    NARROW, name="decode_narrow_pair_asm", file="decode_narrow_pair.ptx",
+    layout=lambda p, target, config: _narrow_layout(p, target, config, consumers=2),
 )  # fmt: skip
 
 
@@ -201,7 +209,9 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
             smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
         ),
     )
-    return (stage1, *(() if _always_together(p, config) else splitk.combines(p, target, _like(config))))
+    if _always_together(p, config):
+        return (stage1,)
+    return (stage1, *splitk.combines(p, target, _like(config), partials=p.out_dtype))
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
@@ -259,11 +269,11 @@ def _workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
     """As splitk.workspace_bytes, for as many pieces as the grid has; 0 where no partial is ever written."""
     if _always_together(p, config) or not splitk._splits(p, config):
         return 0
-    return splitk.partials(p, slots(p, target, config))[1]
+    return splitk.partials(p, slots(p, target, config), p.out_dtype)[1]
 
 
 def _offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    return {"part": 0, "part_lse": splitk.partials(p, slots(p, target, config))[0]}
+    return {"part": 0, "part_lse": splitk.partials(p, slots(p, target, config), p.out_dtype)[0]}
 
 
 def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
@@ -299,5 +309,6 @@ def _variant(template: Template, revision: int) -> Variant:
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 2)
-DECODE_NARROW_ASM = _variant(NARROW, 2)
+DECODE_SPLITK_ASM = _variant(WIDE, 3)
+DECODE_NARROW_ASM = _variant(NARROW, 3)
+DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 1)

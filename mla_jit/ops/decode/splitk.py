@@ -392,13 +392,16 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     return stage1, *combines(p, target, config)
 
 
-def combines(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
-    """The combine, for other stages 1 too; () where nothing is cut."""
+def combines(p: DecodeProblem, target: Target, config: Config, partials: str = "fp32") -> tuple[Source, ...]:
+    """The combine of partials of this dtype, for other stages 1 too; () where nothing is cut."""
     if not _splits(p, config):
         return ()
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
     options: dict[str, Scalar] = {"num_warps": 4, "num_stages": 2}
-    return (_source(target, "combine", f"{NAME}_combine", _combine(p, target, config), options, small),)
+    constants, arguments = _combine(p, target, config)
+    kind = f"*{DTYPES[partials].triton}:16"
+    arguments = [(name, kind if name == "part_ptr" else k, arg) for name, k, arg in arguments]
+    return (_source(target, "combine", f"{NAME}_combine", (constants, arguments), options, small),)
 
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
@@ -428,10 +431,11 @@ def workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
     return partials(p, slots(p, target, config))[1]
 
 
-def partials(p: DecodeProblem, pieces: int) -> tuple[int, int]:
+def partials(p: DecodeProblem, pieces: int, dtype: str = "fp32") -> tuple[int, int]:
     """Of the partials of so many pieces: where their LSE begin, and the size of all, in bytes."""
     rows = pieces * p.q_len * p.num_heads
-    return rows * p.kv_lora_rank * 4, rows * (p.kv_lora_rank + 1) * 4
+    size = -(-rows * p.kv_lora_rank * DTYPES[dtype].bytes // 16) * 16
+    return size, size + rows * 4
 
 
 def workspace_offsets(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
