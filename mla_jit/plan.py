@@ -21,7 +21,7 @@ from mla_jit.config import Config
 from mla_jit.errors import CacheMiss, CompileError, InvalidInput, NoVariant
 from mla_jit.launch.base import Binding, Bound
 from mla_jit.ops.variant import Variant
-from mla_jit.problem import DecodeProblem, Problem
+from mla_jit.problem import MIXES, DecodeProblem, Problem
 from mla_jit.target import Target
 from mla_jit.tuning import lookup
 from mla_jit.tuning.rows import PROBLEMS, Trial
@@ -114,6 +114,8 @@ def known(problem: Problem, target: Target) -> Choice:
     if not problem.TUNED:
         return default
     rows, legal = _rows(problem, target)
+    if getattr(problem, "batch_invariant", False):
+        legal = _alone(default.config, legal)
     found = lookup.lookup(
         problem, target, legal, _revisions(rows), _toolchain(), hinted=getattr(problem, "hinted", True)
     )
@@ -185,6 +187,11 @@ def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callabl
     return rows, legal
 
 
+def _alone(only: Config, legal: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
+    """`legal` for a problem whose choice may not depend on what was measured in which batch."""
+    return lambda config: f"batch_invariant: one config serves every batch, {only}" if config != only else legal(config)
+
+
 def _revisions(rows: dict[str, Variant]) -> dict[str, int]:
     return {name: variant.revision for name, variant in rows.items()}
 
@@ -245,15 +252,16 @@ def analytic(problem: Problem, target: Target) -> Choice:
     """The cheapest variant, by its own model, that accepts the problem with its default config. Raises NoVariant."""
     rejected: dict[str, str] = {}
     best: tuple[float, Variant, Config] | None = None
+    sized = _of_any_batch(problem)
     for variant in ops.variants(problem.op):
-        config = variant.default(problem, target)
+        config = variant.default(sized, target)
         if (reason := variant.rejects(problem, target, config)) is not None:
             rejected[variant.name] = reason
             continue
         if variant.measured_only:
             rejected[variant.name] = "taken by measured rows alone"
             continue
-        time_us = variant.cost(problem, target, config).time_us
+        time_us = variant.cost(sized, target, config).time_us
         if best is not None and best[0] <= time_us:
             rejected[variant.name] = f"{time_us:.1f} us predicted, {best[1].name} {best[0]:.1f} us"
             continue
@@ -264,6 +272,13 @@ def analytic(problem: Problem, target: Target) -> Choice:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected.items())
         raise NoVariant(f"nothing can serve {problem} on {target.name}. {reasons}", rejected)
     return Choice(best[1], best[2], "default", rejected)
+
+
+def _of_any_batch(problem: Problem) -> Problem:
+    """With batch_invariant, for which one choice must serve every batch and length: the problem of one size for all."""
+    if not isinstance(problem, DecodeProblem) or not problem.batch_invariant:
+        return problem
+    return dataclasses.replace(problem, batch=64, max_kv_len=8192, total_kv=None, mix=MIXES[0], hinted=False)
 
 
 def supports(problem: Problem, target: Target) -> Support:

@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
         [--part I/N] [--page 64] [--splits N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
-Stage 1 is the rendered text, run with the variant's own launches; the combine after it runs in Triton's interpreter.
+The kernels are the rendered texts, run with the variant's own launches.
 Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and is no
 failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none noticed;
 in as many pieces as its file needs.
@@ -32,7 +32,6 @@ from mla_jit.compile import render
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
-from mla_jit.launch import interpreter
 from mla_jit.launch.base import Binding, Launch
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.ops.variant import Variant
@@ -89,7 +88,7 @@ def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
     return memory
 
 
-def run_stage1(
+def run_kernel(
     source: Source, launch: Launch, binding: Binding, places: dict[str, int], floats: dict[str, float],
     memory: ptx_machine.Memory, seed: int,
 ) -> ptx_machine.Statistics:  # fmt: skip
@@ -126,10 +125,10 @@ def decode(
     places |= {name: workspace.data_ptr() + RED + offset for name, offset in offsets.items()}
     binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
     sources, launches = variant.sources(problem, target, config), variant.launches(problem, target, config)
-    said = run_stage1(sources[0], launches[0], binding, places, inputs.floats, buffers(call, tensors), seed)
-    if len(launches) > 1:
-        bound = interpreter.bind(sources, launches[1:], binding)
-        bound.run([places[n] + o for n, o in bound.operands], [inputs.floats[n] for n in bound.float_names])
+    said, *_ = [
+        run_kernel(sources[launch.kernel], launch, binding, places, inputs.floats, buffers(call, tensors), seed)
+        for launch in launches
+    ]
     beside = torch.cat([workspace[:RED], workspace[RED + size :]])
     assert (beside == 0xFF).all(), f"{call.case.id}: written beside the workspace"
     return out, lse, said

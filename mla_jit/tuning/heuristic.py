@@ -32,6 +32,8 @@ _COMBINE = 0.7  # of one round of a program of the combine
 _PARTIALS = 1.2  # of 2^20 partials, with the masked ones, through 132 SMs
 _PROGRAM = 0.15  # of each program of the combine on one SM
 _ROUND = 0.3  # of further rounds: they wait for memory, each for the one before
+_PTX_PROGRAM = 0.73  # of each program of combine.ptx on one SM
+_PTX_ROUND = 0.8  # of its further rounds
 _SPILL = 1000.0  # bytes a thread that cost as much again as the work itself
 
 
@@ -43,7 +45,7 @@ def predicted_us(
     `artifact`: the compiled first kernel. Its registers, shared memory and spills are then counted, not guessed, and
     tiles that are gathered are in flight as far as it has room for them, whatever num_stages says.
     """
-    if variant.host is not None or "combine_s" not in config or "num_kv_splits" not in config:
+    if variant.host is not None or "combine_d" not in config or "num_kv_splits" not in config:
         return variant.cost(problem, target, config).time_us
     numbers = variant.numbers(problem, target, config)
     cut = space.pieces(problem, target, variant, config)
@@ -108,7 +110,8 @@ def _stage1(
 
     rounds = programs / (target.sms * resident)
     waves = max(1.0, rounds if rounds > 4 else (math.ceil(rounds) + rounds) / 2)
-    written = (programs * block_m * p.kv_lora_rank * (4 if cut > 1 else 2)) / (target.bandwidth_gbps * 1e3 * _L2)
+    wide = cut > 1 and "combine_s" in config  # fp32 partials
+    written = programs * block_m * p.kv_lora_rank * (4 if wide else 2) / (target.bandwidth_gbps * 1e3 * _L2)
     return _START * (1 + 0.25 * (waves - 1)) + stream * waves + written
 
 
@@ -126,11 +129,15 @@ def _gathered(p: DecodeProblem, config: Config, artifact: Artifact) -> int:
 
 def _combine(p: DecodeProblem, target: Target, config: Config, cut: int) -> float:
     """The second kernel: programs that each hold a tile of partials and go over the pieces in rounds."""
-    held, heads, columns = (config.int(f"combine_{axis}") for axis in "shd")
+    heads, columns = (config.int(f"combine_{axis}") for axis in "hd")
     heads, columns = min(heads, bucket(p.num_heads)), min(columns, bucket(p.kv_lora_rank))
-    rounds = -(-cut // held)
     tokens = p.q_len * max(1, p.batch)
     programs = -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * tokens
+    if "combine_s" not in config:  # combine.ptx: 256 threads with 8 pieces of 8 columns each at a time
+        rounds = -(-cut * heads * columns // (8 * 256 * 8))
+        return _COMBINE + _PTX_ROUND * (rounds - 1) + _PTX_PROGRAM * programs / target.sms
+    held = config.int("combine_s")
+    rounds = -(-cut // held)
     partials = rounds * held * tokens * p.num_heads * p.kv_lora_rank
     a_thread = held * heads * columns / 128
     waiting = _ROUND * (rounds - 1) ** 1.6 * (1 + 16 / a_thread)

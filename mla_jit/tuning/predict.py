@@ -397,7 +397,7 @@ class _Search:
 
 def _described(config: Config) -> bool:
     """Whether the model is one of the config's kernels: split-K, then a combine."""
-    return {"num_kv_splits", "combine_s"} <= set(config)
+    return {"num_kv_splits", "combine_d"} <= set(config)
 
 
 def _promises(config: Config, default: Config) -> bool:

@@ -164,8 +164,8 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
                     yield config
                     continue
                 for choice in _choices(combine, config, target):
-                    held = choice.int("combine_s")
-                    if held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n:
+                    held = choice.get("combine_s")
+                    if held is None or (held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n):
                         yield choice
 
 

@@ -136,7 +136,10 @@ class Finished:
 
 
 def candidates(problem: Tunable, target: Target) -> list[Config]:
-    """The legal configs of every variant that accepts the problem, the default of `plan` first."""
+    """The legal configs of every variant that accepts the problem, the default of `plan` first; batch_invariant has no
+    other."""
+    if getattr(problem, "batch_invariant", False):
+        return [plan.analytic(problem, target).config]
     return space.candidates(problem, target, ops.variants(problem.op))
 
 

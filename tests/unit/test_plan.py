@@ -40,7 +40,7 @@ def test_a_call_packs_pointers_in_the_order_of_its_operands(null: NullRuntime) -
     q, kv, more = arguments()
     out, lse = mla_jit.decode(q, kv, **more, return_lse=True)
     first, second = null.records
-    assert [first.kernel, second.kernel] == ["decode_narrow_asm", "decode_splitk_triton_combine"]
+    assert [first.kernel, second.kernel] == ["decode_narrow_asm", "decode_combine_asm"]
     assert first.pointers[:2] == (q.data_ptr(), q.data_ptr() + 1024)  # q_nope, q_pe
     assert {kv.data_ptr(), kv.data_ptr() + 1024, out.data_ptr(), lse.data_ptr()} <= set(first.pointers)
     assert {more["block_table"].data_ptr(), more["seq_lens"].data_ptr()} <= set(first.pointers)
@@ -127,3 +127,15 @@ def test_a_binding_without_a_number_says_which(null: NullRuntime) -> None:
     numbers = {k: v for k, v in inputs.numbers.items() if k != "q_stride_t"}
     with pytest.raises(KeyError, match="q_stride_t"):
         executable.bind(Binding(numbers, inputs.views), 0)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 40, 128])
+@pytest.mark.parametrize("name", ["sm_90", "sm_100", "cpu"])
+def test_batch_invariant_has_one_choice_for_every_batch_and_length(name: str, heads: int) -> None:
+    """What a sequence gives must not depend on what it is batched with, so neither may the kernel."""
+    where = target.by_name(name)
+    asked = [
+        DecodeProblem(num_heads=heads, batch_invariant=True, batch=batch, max_kv_len=kv, hinted=hinted, q_len=2)
+        for batch, kv, hinted in ((1, 1, True), (1, 65536, False), (7, 3000, True), (256, 131072, False))
+    ]
+    assert len({(choice.variant.name, choice.config) for choice in (plan.choose(p, where) for p in asked)}) == 1

@@ -102,10 +102,11 @@ def landscape(p: DecodeProblem, seed: int) -> Callable[[Config], float]:
         memory = p.batch * p.max_kv_len * p.head_dim * 2 * (1 + 0.1 * (blocks - 1)) / 4.2e6
         total = 2 + (stream**4 + memory**4) ** 0.25
         if n > 1:
-            s, h, d = c.int("combine_s"), c.int("combine_h"), c.int("combine_d")
+            h, d = c.int("combine_h"), c.int("combine_d")
+            s, each = (c.int("combine_s"), 0.2) if "combine_s" in c else (max(8, 16384 // (h * d)), 0.7)
             grid = p.batch * -(-p.num_heads // h) * -(-p.kv_lora_rank // d)
             rounds = -(-n // s)
-            total += 1.5 + (0.2 * grid / HOPPER.sms + 0.8 * rounds**1.3 * effect("combine", s, h, d, sigma=0.2))
+            total += 1.5 + (each * grid / HOPPER.sms + 0.8 * rounds**1.3 * effect("combine", s, h, d, sigma=0.2))
             total += p.batch * p.num_heads * n * 512 * 8 / 8e6
         return total
 

@@ -159,8 +159,8 @@ def test_one_piece_needs_no_choice_of_the_combine() -> None:
         default = ROWS[variant].default(problem(num_heads=128, batch=64, max_kv_len=4096), HOPPER)
         whole = [c for c in found if c.variant == variant and c["num_kv_splits"] == 1]
         assert whole
-        assert {c["combine_s"] for c in whole} == {default["combine_s"]}
-        assert len({c["combine_s"] for c in found if c.variant == variant}) > 1
+        assert {c["combine_d"] for c in whole} == {default["combine_d"]}
+        assert len({c["combine_d"] for c in found if c.variant == variant}) > 1
 
 
 def test_splits_reach_from_one_to_four_times_what_the_device_holds() -> None:

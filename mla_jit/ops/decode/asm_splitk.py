@@ -25,8 +25,10 @@ _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _BOX_BYTES = _BOX * _BOX * 2
 _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
+_COMBINE = "combine.ptx"
+_COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
-_LITTLE = 24576  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
+_LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
 _CLUSTER = (
     2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
 )
@@ -134,6 +136,8 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"{target.name} has no programmatic dependent launch"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
+    if config.int("combine_h") * config.int("combine_d") > _COMBINED:
+        return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     return None
@@ -141,7 +145,9 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
 
 def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them."""
-    like = dict(gluon.default(p, target)) | {"block_m": template.block(p, target)}
+    heads, columns = _combine_default(p)
+    like = {name: value for name, value in gluon.default(p, target).items() if name != "combine_s"}
+    like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns}
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
     config = Config.of(template.name, **like, policy="evict_first", together=True)
@@ -155,7 +161,8 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    return gluon._like(Config.of(gluon.NAME, **{k: v for k, v in config.items() if k not in ("policy", "together")}))
+    items = {name: value for name, value in config.items() if name not in ("policy", "together")}
+    return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
@@ -209,9 +216,52 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
             smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
         ),
     )
-    if _always_together(p, config):
+    if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
-    return (stage1, *splitk.combines(p, target, _like(config), partials=p.out_dtype))
+    return (stage1, _combine(p, target, config))
+
+
+def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
+    """The second kernel: combine.ptx, which sums partials of the result's type."""
+    head = render.header(target.isa, _COMBINE)
+    heads, columns = _combine_tile(p, config)
+    groups = _COMBINED // columns
+    constants: dict[str, Scalar] = {
+        "H": p.num_heads, "C": p.kv_lora_rank, "HEADS": heads, "COLUMNS": columns, "OUT": _PTX[p.out_dtype],
+        "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
+        "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
+        "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]),
+    }  # fmt: skip
+    return Source(
+        name="decode_combine_asm",
+        toolchain="ptx",
+        toolchain_version=ptx.version(),
+        isa=target.isa,
+        content=render.closure(target.isa, _COMBINE),
+        constants=tuple(sorted(constants.items())),
+        signature=tuple((name, kind) for name, kind, _ in _combine_arguments(p, target, config)),
+        locator=f"{target.isa}/{_COMBINE}",
+        limits=Limits(smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads),
+    )
+
+
+def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
+    """(heads, columns) of a program of the combine; where the order of the sum must not depend on the batch, fixed."""
+    heads, columns = (1, 512) if p.batch_invariant else (config.int("combine_h"), config.int("combine_d"))
+    return heads, min(columns, max(64, splitk._pow2(p.kv_lora_rank, 64)))
+
+
+def _combine_default(p: DecodeProblem) -> tuple[int, int]:
+    """(heads, columns): about a program an SM. One more of them costs 5.5 ns, a further round over pieces 0.8 us (H200)."""
+    rows = p.batch * p.q_len * p.num_heads
+    columns = 128 if rows <= 32 else 256 if rows <= 64 else 512
+    return (4 if rows > 256 else 1), columns
+
+
+def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
+    unread = {"cp_rank", "cp_world"} if not p.context_parallel else set()
+    unread |= {"lse_stride_t", "lse_stride_h", "lse_mul"} if not p.lse else set()
+    return [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
@@ -234,18 +284,18 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     With `together` the pieces of a sequence are a cluster, if all sequences are cut alike; the combine, for which they
     are not cut then, has something to do only if not.
     """
-    like, *rest = splitk.launches(p, target, _like(config))
     args = tuple(arg for *_, arg in _arguments(p, target, config))
     grid = (max(1, slots(p, target, config) * splitk._row_blocks(p, config)), 1, 1)
-    stage1 = dataclasses.replace(like, args=args, grid=grid)
-    if not _together(p, config):
-        return (stage1, *rest)
-    stage1 = dataclasses.replace(stage1, cluster=_CLUSTER)
-    if _always_together(p, config):
+    together = _together(p, config)
+    stage1 = Launch(0, grid, args, cluster=_CLUSTER if together else 1)
+    if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
-    (combine,) = rest
-    uncut = tuple(Arg("i32", "uncut") if arg.name == "num_splits" else arg for arg in combine.args)
-    return stage1, dataclasses.replace(combine, args=uncut)
+    heads, columns = _combine_tile(p, config)
+    grid = (-(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch, 1, 1)
+    combine = tuple(arg for *_, arg in _combine_arguments(p, target, config))
+    if together:
+        combine = tuple(Arg("i32", "uncut") if arg.name == "num_splits" else arg for arg in combine)
+    return stage1, Launch(1, grid, combine, pdl=bool(config["pdl"]))
 
 
 def slots(p: DecodeProblem, target: Target, config: Config) -> int:
@@ -294,7 +344,7 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 def _variant(template: Template, revision: int) -> Variant:
     space: dict[str, tuple[int | str | bool, ...]] = {
-        **gluon.SPACE, "block_m": template.space, "block_n": template.tiles, "policy": ("evict_first", "evict_normal"),
+        **{name: values for name, values in gluon.SPACE.items() if name != "combine_s"}, "block_m": template.space, "block_n": template.tiles, "policy": ("evict_first", "evict_normal"),
         "together": (False, True),
     }  # fmt: skip
     return Variant(

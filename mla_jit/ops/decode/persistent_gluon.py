@@ -20,6 +20,7 @@ from mla_jit.target import Target
 NAME = "decode_persistent_gluon"
 _MODULE = "mla_jit.ops.decode.gluon_persistent"
 _PATH = str(Path(__file__).with_name("gluon_persistent.py"))
+_SPILL_BYTES = 128  # of scalars between sequences; most with several KV heads and triton 3.6
 _CONSTANTS = (
     "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE",
 )  # fmt: skip
@@ -77,7 +78,7 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
         options=tuple(options.items()),
         locator=f"{_MODULE}:{NAME}",
         limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=gluon._SPILL_BYTES,
+            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES,
             require=target.mma,
         ),
     )  # fmt: skip

@@ -392,16 +392,13 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
     return stage1, *combines(p, target, config)
 
 
-def combines(p: DecodeProblem, target: Target, config: Config, partials: str = "fp32") -> tuple[Source, ...]:
-    """The combine of partials of this dtype, for other stages 1 too; () where nothing is cut."""
+def combines(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
+    """The combine, for other stages 1 too; () where nothing is cut."""
     if not _splits(p, config):
         return ()
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
     options: dict[str, Scalar] = {"num_warps": 4, "num_stages": 2}
-    constants, arguments = _combine(p, target, config)
-    kind = f"*{DTYPES[partials].triton}:16"
-    arguments = [(name, kind if name == "part_ptr" else k, arg) for name, k, arg in arguments]
-    return (_source(target, "combine", f"{NAME}_combine", (constants, arguments), options, small),)
+    return (_source(target, "combine", f"{NAME}_combine", _combine(p, target, config), options, small),)
 
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:

@@ -438,7 +438,7 @@ def _sum_pieces(
         ok = (offs_s < used)[:, None] & head_ok[None, :]
         lses = tl.load(part_lse_ptr + rows, mask=ok, other=float("-inf"))
         part_ok = ok[:, :, None] & (offs_d < C)[None, None, :]
-        part = tl.load(part_ptr + (rows * C)[:, :, None] + offs_d[None, None, :], mask=part_ok, other=0.0).to(tl.float32)
+        part = tl.load(part_ptr + (rows * C)[:, :, None] + offs_d[None, None, :], mask=part_ok, other=0.0)
         higher = tl.maximum(top, tl.max(lses, 0))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(lses - shift[None, :])
