@@ -48,8 +48,8 @@ class Settings:
     failpoint: for tests, "name=action" (see compile/cache.py).
     tuning_db: the user's tuning database; None means `tuning.db` in the user's cache directory.
     shipped_db: whether the tuning rows shipped with the package are looked at; after `mla_jit.reload()` if changed.
-    backends: the only backends whose kernels may serve ("asm", "triton", "cpu"), all if empty; after `mla_jit.reload()` if
-        changed. To tell which backend something depends on.
+    backends: the only backends whose kernels may serve ("asm", "triton", "cpu"), all if empty; after
+        `mla_jit.reload()` if changed. To tell which backend something depends on.
     bounded_waits: assembled kernels end with a message and a trap instead of hanging at a barrier (slower; to debug).
     """
 
@@ -86,7 +86,7 @@ class Settings:
             raise SettingsError(f"mode {self.mode!r} is unknown (MLA_JIT_MODE); use one of {', '.join(MODES)}")
         if unknown := set(self.backends) - set(BACKENDS):
             raise SettingsError(
-                f"no backend {', '.join(sorted(unknown))} (MLA_JIT_BACKENDS); there are {', '.join(BACKENDS)}, by commas"
+                f"no backend {', '.join(sorted(unknown))} (MLA_JIT_BACKENDS); there is {', '.join(BACKENDS)}, by commas"
             )
         return self
 

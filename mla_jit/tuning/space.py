@@ -164,7 +164,7 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
                     yield config
                     continue
                 for choice in _choices(combine, config, target):
-                    held = choice.get("combine_s")
+                    held = choice.int("combine_s") if "combine_s" in choice else None  # combine.ptx takes any number
                     if held is None or (held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n):
                         yield choice
 

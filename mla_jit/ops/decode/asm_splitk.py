@@ -79,8 +79,11 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
 
 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: int = 1) -> dict[str, Any]:
-    """The ring, q; of each consumer P, and maxima of its four warps; barriers. As many boxes in the ring as there is room
-    for. Two consumers then have their sums and maxima in one place, and in the ring what they exchange of O."""
+    """The ring, q; of each consumer P, and maxima of its four warps; barriers.
+
+    As many boxes in the ring as there is room for. Where maxima were, two consumers at the end have their sums and maxima,
+    and in the ring what they exchange of O.
+    """
     n, boxes = config.int("block_m"), _boxes(p)
     copied = boxes + (1 if p.rope_dim else 0)
     q, weights, maxima = (boxes + 1) * n * 128, consumers * n * 128, (16 if consumers == 1 else 40) * n
@@ -252,7 +255,7 @@ def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
 
 
 def _combine_default(p: DecodeProblem) -> tuple[int, int]:
-    """(heads, columns): about a program an SM. One more of them costs 5.5 ns, a further round over pieces 0.8 us (H200)."""
+    """(heads, columns): about a program an SM. One more costs 5.5 ns, a further round over pieces 0.8 us (one H200)."""
     rows = p.batch * p.q_len * p.num_heads
     columns = 128 if rows <= 32 else 256 if rows <= 64 else 512
     return (4 if rows > 256 else 1), columns
@@ -344,8 +347,9 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 def _variant(template: Template, revision: int) -> Variant:
     space: dict[str, tuple[int | str | bool, ...]] = {
-        **{name: values for name, values in gluon.SPACE.items() if name != "combine_s"}, "block_m": template.space, "block_n": template.tiles, "policy": ("evict_first", "evict_normal"),
-        "together": (False, True),
+        "block_m": template.space, "block_n": template.tiles, "num_warps": (8,), "lazy": (False, True),
+        "min_tiles": (1, 2, 4), "pdl": (False, True), "policy": ("evict_first", "evict_normal"),
+        "together": (False, True), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512),
     }  # fmt: skip
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
