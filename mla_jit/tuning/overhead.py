@@ -194,9 +194,9 @@ def _in_child(directory: str, heads: Sequence[int]) -> list[First]:
 
 def first_calls(directory: Path, heads: Sequence[int]) -> list[First]:
     """One call for each head count, with that cache directory and no layers; meant for a process that made none yet."""
-    imports = ["cuda.bindings.driver"]
+    imports = ["cuda.bindings.driver", "yaml"]
     if not any(directory.iterdir()):  # a process that finds its kernels never imports Triton
-        imports += ["triton", "triton.compiler", "triton.experimental.gluon._runtime"]
+        imports += ["jinja2", "triton", "triton.compiler", "triton.experimental.gluon._runtime"]
     for name in imports:
         with contextlib.suppress(ImportError):  # where the call needs it, it says so better
             importlib.import_module(name)

@@ -6,6 +6,7 @@ The kernel is in gluon_splitk.py. Pieces, arguments, workspace and combine are t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 
 from mla_jit.compile import triton as toolchain
@@ -58,6 +59,7 @@ def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
     return splitk._no_tma(p, config)
 
 
+@functools.lru_cache(maxsize=512)  # other variants ask for it too, each time that one is chosen
 def default(p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone; how the combine is cut is as for decode_splitk_triton."""
     like = splitk.default(p, target)

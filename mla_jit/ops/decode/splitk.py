@@ -5,6 +5,7 @@ The kernels are in triton_splitk.py; nothing here imports triton.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from mla_jit import settings
@@ -155,6 +156,7 @@ _TILES = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=512)  # other variants ask for it too, each time that one is chosen
 def default(p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone: rows packed to a power of two, tiles that fit, splits that fill the device."""
     rows = max(p.rows, 1)
