@@ -8,7 +8,7 @@ _OTHERS = "ld.shared.v2.f32 {f2, f3}, [{{ place }}+{{ SUMS + 32 * i + 4 * N * ot
 _FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
 _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
 
-PIECES = {"together.ptx": 2}  # by file, into how many pieces sequences are cut to reach it
+PIECES = {"together.ptx": 2, "combine.ptx": 3}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
     "together: gone too early": ("together.ptx", _LAST, "    }"),
@@ -20,6 +20,21 @@ TOGETHER: dict[str, tuple[str, str, str]] = {
         "add.u32 row, peer{{ s }}, e;",
         "add.u32 row, peer{{ SPLITS - 1 - s }}, e;",
     ),
+}
+COMBINE: dict[str, tuple[str, str, str]] = {
+    "combine: groups not waited for": ("combine.ptx", "    bar.sync 0;\n", ""),
+    "combine: one LSE for all": ("combine.ptx", "    add.s64 lse_at, lse_at, lse_step;\n", ""),
+    "combine: another group's O as it is": (
+        "combine.ptx",
+        "fma.rn.f32 acc{{ k }}, {{ theirs }}{{ k }}, weight,",
+        "fma.rn.f32 acc{{ k }}, {{ theirs }}{{ k }}, ours,",
+    ),
+    "combine: pieces that are not there": (
+        "combine.ptx",
+        "setp.lt.and.s32 ok{{ u }}, s, used, mine;",
+        "setp.lt.and.s32 ok{{ u }}, s, num_splits, mine;",
+    ),
+    "combine: another head": ("combine.ptx", "mul.lo.s64 d0, d0, {{ H }};", "mul.lo.s64 d0, d0, {{ H + 1 }};"),
 }
 WIDE: dict[str, tuple[str, str, str]] = {
     "the last token": (
@@ -69,6 +84,7 @@ WIDE: dict[str, tuple[str, str, str]] = {
     "one head's rows": ("pieces.ptx", "mad.lo.s64 {{ dst }}, index, per_head, {{ dst }};", ""),
     "too few bytes expected": ("decode_splitk.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
     **TOGETHER,
+    **COMBINE,
 }
 NARROW: dict[str, tuple[str, str, str]] = {
     "no fence after P": ("narrow.ptx", _FENCED + _P_THERE, _P_THERE),

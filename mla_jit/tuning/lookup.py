@@ -70,7 +70,7 @@ class _Row:
     trial: Trial
     shipped: bool
 
-    @property
+    @functools.cached_property
     def order(self) -> tuple[Any, ...]:
         """Timed in a playoff; the user's; the fastest; of equals the one with the fewest splits, then by its text."""
         trial = self.trial

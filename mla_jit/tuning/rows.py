@@ -167,6 +167,7 @@ def preferred(times: Iterable[tuple[Config, float, float | None]]) -> Config:
     return min((config for config, us, spread in known if us - best_us <= noise_us(spread)), key=simplest)
 
 
+@functools.lru_cache(maxsize=8192)  # a lookup sorts thousands of rows by it
 def simplest(config: Config) -> tuple[int, str]:
     """The order of equals: fewest splits, then by JSON."""
     splits = config.get("num_kv_splits")

@@ -28,7 +28,10 @@ from mla_jit.problem import DecodeProblem
 HOPPER = target.by_name("sm_90")
 WIDE, NARROW = asm_splitk.DECODE_SPLITK_ASM, asm_splitk.DECODE_NARROW_ASM
 PAIR = asm_splitk.DECODE_NARROW_PAIR_ASM
-FILES = {WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx", PAIR.name: "decode_narrow_pair.ptx"}
+FILES = {
+    WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx", PAIR.name: "decode_narrow_pair.ptx",
+    "decode_combine_asm": "combine.ptx",
+}  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "asm"
 PLAIN = DecodeProblem(num_heads=16, batch=4)
 
@@ -56,6 +59,7 @@ FACTORS: dict[str, list[Any]] = {
     "policy": ["evict_first", "evict_normal"],
     "pdl": [True, False],
     "bounded": [False, True],
+    "combine": [(1, 512), (1, 64), (1, 128), (1, 256), (4, 512), (8, 64), (2, 256)],  # heads, columns
 }
 
 
@@ -85,8 +89,8 @@ def problem_of(row: Row) -> DecodeProblem:
 
 
 def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
-    """(variant, artifact, constants) of each variant that serves the row. For a child process."""
-    found = []
+    """(name, artifact, constants) of the kernels of each variant that serves the row. For a child process."""
+    found = {}
     with settings.scope(bounded_waits=row["bounded"]):
         for variant in (WIDE, NARROW, PAIR):
             problem = problem_of(row)
@@ -94,15 +98,17 @@ def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
             if variant is WIDE:
                 config = config.replace(block_n=row["block_n"])
             if variant.rejects(problem, HOPPER, config) is None:
-                source = variant.sources(problem, HOPPER, config)[0]
-                found.append((variant.name, ptx.compile_source(source), dict(source.constants)))
-    return found
+                config = config.replace(**dict(zip(("combine_h", "combine_d"), row["combine"], strict=True)))
+                for source in variant.sources(problem, HOPPER, config):
+                    if source.key not in found:  # all have one combine
+                        found[source.key] = source.name, ptx.compile_source(source), dict(source.constants)
+    return list(found.values())
 
 
-def source_of(variant: Variant = NARROW, problem: DecodeProblem = PLAIN, **changes: Any) -> Source:
+def source_of(variant: Variant = NARROW, problem: DecodeProblem = PLAIN, which: int = 0, **changes: Any) -> Source:
     config = variant.default(problem, HOPPER).replace(**changes)
     assert variant.rejects(problem, HOPPER, config) is None
-    return variant.sources(problem, HOPPER, config)[0]
+    return variant.sources(problem, HOPPER, config)[which]
 
 
 def edited(source: Source, file: str, old: str, new: str) -> Source:
@@ -126,7 +132,7 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
         assert artifact.registers <= head.registers["start"], constants
         assert artifact.registers * artifact.threads <= HOPPER.registers_sm, constants
         assert artifact.smem_bytes == constants["ARENA"] <= HOPPER.smem_bytes
-        assert bool(artifact.extra["barriers"]) == constants["DEBUG"]
+        assert bool(artifact.extra["barriers"]) == constants.get("DEBUG", False)
 
 
 @pytest.mark.parametrize("variant", [WIDE, PAIR], ids=lambda v: v.name)
@@ -183,6 +189,14 @@ def test_rendered_text_is_as_committed(
     assert text == file.read_text(), (
         f"run `pytest --full {Path(__file__).name} -k committed` and look at the difference"
     )
+
+
+def test_the_combine_is_as_committed(request: pytest.FixtureRequest) -> None:
+    problem = DecodeProblem(num_heads=16, batch=40, max_kv_len=65536, sinks=True, lse=True, q_len=2, num_kv_splits=8)
+    file, text = GOLDEN / "combine.ptx", render.render(source_of(NARROW, problem, 1, combine_h=1, combine_d=128)).text
+    if request.config.getoption("--full"):
+        file.write_text(text)
+    assert text == file.read_text()
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong

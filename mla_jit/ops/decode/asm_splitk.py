@@ -1,7 +1,7 @@
-"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm` and `decode_narrow_pair_asm` (of 8 to 32).
+"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32).
 
-How sequences are cut, and the arguments, are those of splitk.py. Partials have the result's type, which `combine.ptx` sums;
-Triton's kernels have fp32 ones. Imports neither triton nor jinja2.
+How sequences are cut, and the arguments, are those of splitk.py. Partials have the result's type (Triton's kernels have
+fp32 ones); `combine.ptx` sums them. Imports neither triton nor jinja2.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: int = 1) -> dict[str, Any]:
     """The ring, q; of each consumer P, and maxima of its four warps; barriers.
 
-    As many boxes in the ring as there is room for. At the end two consumers have their sums and maxima where maxima were,
-    and what they exchange of O in the ring.
+    As many boxes in the ring as there is room for. At the end two consumers have their sums and maxima where maxima
+    were, and what they exchange of O in the ring.
     """
     n, boxes = config.int("block_m"), _boxes(p)
     copied = boxes + (1 if p.rope_dim else 0)
