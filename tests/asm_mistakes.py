@@ -8,7 +8,7 @@ _OTHERS = "ld.shared.v2.f32 {f2, f3}, [{{ place }}+{{ SUMS + 32 * i + 4 * N * ot
 _FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
 _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
 
-PIECES = {"together.ptx": 2, "combine.ptx": 3}  # by file, into how many pieces sequences are cut to reach it
+PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
     "together: gone too early": ("together.ptx", _LAST, "    }"),
@@ -23,7 +23,7 @@ TOGETHER: dict[str, tuple[str, str, str]] = {
 }
 COMBINE: dict[str, tuple[str, str, str]] = {
     "combine: groups not waited for": ("combine.ptx", "    bar.sync 0;\n", ""),
-    "combine: one LSE for all": ("combine.ptx", "    add.s64 lse_at, lse_at, lse_step;\n", ""),
+    "combine: half the groups of a warp": ("combine.ptx", "for i in range(5) if", "for i in range(1) if"),
     "combine: another group's O as it is": (
         "combine.ptx",
         "fma.rn.f32 acc{{ k }}, {{ theirs }}{{ k }}, weight,",
@@ -118,6 +118,5 @@ PAIR: dict[str, tuple[str, str, str]] = {
     "the sums of one consumer": ("narrow.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
     "every tile by both": ("narrow.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
     "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
-    "the same boxes of O": ("narrow.ptx", "mul.lo.u32 off, group, {{ HALF % BOXES }};", "mov.u32 off, 0;"),
 }
 MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW, "decode_narrow_pair_asm": PAIR}

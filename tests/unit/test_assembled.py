@@ -28,7 +28,7 @@ RUNS = {
     "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/16", "--dtype=bf16", "lazy=false"),
     "pair": ("--variant=decode_narrow_pair_asm", "--part=2/8"),
     "pair, gathered": ("--variant=decode_narrow_pair_asm", "--part=6/16", "--page=0", "lazy=false"),
-    "pair, together": ("--variant=decode_narrow_pair_asm", "--splits=2", "--part=5/16", *TOGETHER),
+    "pair, together": ("--variant=decode_narrow_pair_asm", "--splits=2", "--part=1/8", *TOGETHER),
     "pair, real dims": ("--variant=decode_narrow_pair_asm", "--cases=large", "--part=1/4"),
     "wide, together": ("--splits=2", "--part=0/8", *TOGETHER),
     "wide, together but uneven": ("--part=4/16", *TOGETHER),

@@ -769,7 +769,7 @@ def test_the_childs_side(monkeypatch, capsys, tmp_path):
     imported.clear()
     (tmp_path / "entry").touch()
     overhead.main([str(tmp_path), "16"])
-    assert imported == ["cuda.bindings.driver"]
+    assert imported == ["cuda.bindings.driver", "yaml"]
 
 
 @pytest.fixture

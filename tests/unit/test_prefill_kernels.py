@@ -170,7 +170,7 @@ def test_long_queries_over_the_paged_cache_are_not_cut(null: NullRuntime) -> Non
     assert mla_jit.last_dispatch().workspace_bytes == 0  # type: ignore[union-attr]
     assert len(null.records) == 1
     mla_jit.decode(q, cache, **arguments)
-    assert mla_jit.last_dispatch().workspace_bytes > 1 << 26  # type: ignore[union-attr]
+    assert mla_jit.last_dispatch().workspace_bytes > 1 << 25  # type: ignore[union-attr]
     mla_jit.prefill_paged(q[:40], cache, **{**arguments, "qo_indptr": torch.tensor([0, 20, 40]), "max_q_len": 20})
     assert mla_jit.last_dispatch().problem.num_kv_splits is None  # type: ignore[union-attr]
 
