@@ -195,7 +195,7 @@ def _users(trial: Trial) -> list[Trial]:
 
 def _times(rows: Iterable[Trial], taken: Trial) -> dict[Config, Trial]:
     """Of each config the row to hold against the one taken: of its effort, else of the most; of these the fastest."""
-    revisions = {variant.name: variant.revision for variant in ops.variants(taken.op)} | {taken.variant: taken.revision}
+    revisions = {variant.name: variant.revision for variant in ops.every(taken.op)} | {taken.variant: taken.revision}
     alike = [row for row in rows if row.status == OK and _kind(row) == _kind(taken)]
     found: dict[Config, Trial] = {}
     for row in sorted(alike, key=lambda row: (row.effort != taken.effort, -row.effort, row.median_us or 0.0)):

@@ -114,8 +114,6 @@ def known(problem: Problem, target: Target) -> Choice:
     if not problem.TUNED:
         return default
     rows, legal = _rows(problem, target)
-    if getattr(problem, "batch_invariant", False):
-        legal = _alone(default.config, legal)
     found = lookup.lookup(
         problem, target, legal, _revisions(rows), _toolchain(), hinted=getattr(problem, "hinted", True)
     )
@@ -175,6 +173,8 @@ def _cuts(config: Config) -> list[Config]:
 def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callable[[Config], str | None]]:
     """The op's variants by name, and why a stored config cannot serve the problem today."""
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
+    # what was measured, or by whom it was exported, must not decide where one choice serves all batches
+    only = analytic(problem, target).config if getattr(problem, "batch_invariant", False) else None
 
     def legal(config: Config) -> str | None:
         variant = rows.get(config.variant)
@@ -182,14 +182,11 @@ def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callabl
             return f"there is no variant {config.variant}"
         if set(config) != set(variant.default(problem, target)):
             return f"{variant.name} has other tunables by now"
+        if only is not None and config != only:
+            return f"batch_invariant: one config serves every batch, {only}"
         return variant.rejects(problem, target, config)
 
     return rows, legal
-
-
-def _alone(only: Config, legal: Callable[[Config], str | None]) -> Callable[[Config], str | None]:
-    """`legal` for a problem whose choice may not depend on what was measured in which batch."""
-    return lambda config: f"batch_invariant: one config serves every batch, {only}" if config != only else legal(config)
 
 
 def _revisions(rows: dict[str, Variant]) -> dict[str, int]:
@@ -250,10 +247,11 @@ def _toolchain() -> str:
 
 def analytic(problem: Problem, target: Target) -> Choice:
     """The cheapest variant, by its own model, that accepts the problem with its default config. Raises NoVariant."""
-    rejected: dict[str, str] = {}
+    served = ops.variants(problem.op)
+    rejected = {v.name: "its backend is not among settings.backends" for v in ops.every(problem.op) if v not in served}
     best: tuple[float, Variant, Config] | None = None
     sized = _of_any_batch(problem)
-    for variant in ops.variants(problem.op):
+    for variant in served:
         config = variant.default(sized, target)
         if (reason := variant.rejects(problem, target, config)) is not None:
             rejected[variant.name] = reason

@@ -24,7 +24,7 @@ from typing import Any
 import cases
 import ptx_machine
 import torch
-from asm_mistakes import MISTAKES, PIECES
+from asm_mistakes import MISTAKES, ORDERS, PIECES
 from interpreted_main import RED, interpretable, outputs, run_each, say
 
 from mla_jit import ops
@@ -156,11 +156,12 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
     for mistake in MISTAKES[variant.name]:
         started, killed, stale = time.perf_counter(), "", ""
         pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
-        for case in cases.HARD:
+        lens, order = ORDERS.get(mistake, (None, seed))
+        for case in cases.HARD if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces else case
             try:
                 with planted(variant.name, mistake):
-                    judged(interpretable(hard, "fp16"), variant, target, {}, seed)
+                    judged(interpretable(hard, "fp16"), variant, target, {}, order)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"
                 break

@@ -16,12 +16,12 @@ OPS = ("decode", "prefill")  # those with a support matrix and a tuning space
 def variants(op: str) -> tuple[Variant, ...]:
     """The variants of an op (of settings.backends, if any are named), in the order in which equals are preferred."""
     backends = settings.current().backends
-    return tuple(v for v in _variants(op) if v.backend in backends) if backends else _variants(op)
+    return tuple(v for v in every(op) if v.backend in backends) if backends else every(op)
 
 
 @functools.cache
-def _variants(op: str) -> tuple[Variant, ...]:
-    """Imported on first use."""
+def every(op: str) -> tuple[Variant, ...]:
+    """All variants of an op, whatever settings.backends names. Imported on first use."""
     if op == "decode":
         from mla_jit.ops.decode.asm_splitk import DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU

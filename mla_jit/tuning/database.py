@@ -379,7 +379,7 @@ def stale(trial: Trial, revisions: Mapping[str, int], toolchain: str) -> bool:
 
 
 def _revisions() -> dict[str, int]:
-    return {variant.name: variant.revision for op in ops.OPS for variant in ops.variants(op)}
+    return {variant.name: variant.revision for op in ops.OPS for variant in ops.every(op)}
 
 
 def _age_days(trial: Trial, now: dt.datetime) -> float:

@@ -6,6 +6,7 @@ finished shapes are recognised by their playoff's trials, half-finished ones rep
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import itertools
@@ -21,7 +22,7 @@ from mla_jit import models, ops, plan
 from mla_jit.compile import triton
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
-from mla_jit.errors import CompileError, InvalidInput
+from mla_jit.errors import CompileError, InvalidInput, NoVariant
 from mla_jit.problem import MIXES, DecodeProblem, PrefillProblem, Tunable, bucket
 from mla_jit.target import Target
 from mla_jit.tuning import candidate, search, space
@@ -139,7 +140,8 @@ def candidates(problem: Tunable, target: Target) -> list[Config]:
     """The legal configs of every variant that accepts the problem, the default of `plan` first; batch_invariant has no
     other."""
     if getattr(problem, "batch_invariant", False):
-        return [plan.analytic(problem, target).config]
+        with contextlib.suppress(NoVariant):
+            return [plan.analytic(problem, target).config]
     return space.candidates(problem, target, ops.variants(problem.op))
 
 

@@ -45,7 +45,8 @@ def install(problem: DecodeProblem, variant: Variant, **changes: Any) -> Config 
     """From now on calls like this one have this variant's default; None where it refuses."""
     here = target.of_device("cuda", 0)
     config = variant.default(problem, here).replace(**changes)
-    if variant.rejects(problem, here, config) is not None:
+    only = problem.batch_invariant and config != plan.analytic(problem, here).config
+    if only or variant.rejects(problem, here, config) is not None:
         return None
     exported = json.loads(plan.export([problem], here))
     exported["choices"][0]["config"] = config.to_json()

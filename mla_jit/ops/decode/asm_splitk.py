@@ -27,6 +27,7 @@ _BOX_BYTES = _BOX * _BOX * 2
 _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most
 _COMBINE = "combine.ptx"
+_HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
@@ -89,7 +90,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
     copied = boxes + (1 if p.rope_dim else 0)
     q, weights, maxima = (boxes + 1) * n * 128, consumers * n * 128, (16 if consumers == 1 else 40) * n
     slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
-    exchanged = (boxes + boxes % 2) * n * 256 if consumers == 2 else 0
+    exchanged = boxes * (1 + boxes % 2) * n * 256 if consumers == 2 else 0
     ends = n * (4 * p.kv_lora_rank + 16) + 1024 + exchanged  # and a piece's rows, to be put together
     # with fewer than two tiles the gatherer would wait for itself
     slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, _TILES * copied))
@@ -140,6 +141,10 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"{target.name} has no programmatic dependent launch"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
+    if p.out_dtype == "fp16" and (p.kv_dtype != "fp16" or p.kv_scale):
+        return "a piece's result may exceed fp16 where the whole does not, and partials have the result's type"
+    if config["combine_h"] not in _HEADS or config["combine_d"] not in _COLUMNS:
+        return f"combine_h {config['combine_h']}, combine_d {config['combine_d']}: one of {_HEADS}, one of {_COLUMNS}"
     if config.int("combine_h") * config.int("combine_d") > _COMBINED:
         return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
@@ -346,11 +351,11 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     return dataclasses.replace(found, time_us=(0.85 * min(1.0, wide) if little else 2.0) * found.time_us)
 
 
-def _variant(template: Template, revision: int) -> Variant:
+def _variant(template: Template, revision: int, measured_only: bool = False) -> Variant:
     space: dict[str, tuple[int | str | bool, ...]] = {
         "block_m": template.space, "block_n": template.tiles, "num_warps": (8,), "lazy": (False, True),
         "min_tiles": (1, 2, 4), "pdl": (False, True), "policy": ("evict_first", "evict_normal"),
-        "together": (False, True), "combine_h": (1, 2, 4, 8), "combine_d": (64, 128, 256, 512),
+        "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS,
     }  # fmt: skip
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
@@ -360,10 +365,10 @@ def _variant(template: Template, revision: int) -> Variant:
         launches=lambda p, target, config: _launches(template, p, target, config),
         cost=_cost,
         workspace_bytes=_workspace_bytes, numbers=_numbers, offsets=_offsets,
-        resize=splitk.resize, space=space,
+        resize=splitk.resize, space=space, measured_only=measured_only,
     )  # fmt: skip
 
 
 DECODE_SPLITK_ASM = _variant(WIDE, 3)
 DECODE_NARROW_ASM = _variant(NARROW, 3)
-DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 1)
+DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 2, measured_only=True)

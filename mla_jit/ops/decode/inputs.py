@@ -178,7 +178,7 @@ def decode_inputs(
     )
 
     heads, kv_heads, page = q0.shape[-2], kv0.shape[2], kv0.shape[1]
-    batch, q_len, ragged = _batch(q0, qo_indptr, max_q_len, device)
+    batch, q_len, ragged = _batch(q0, qo_indptr, max_q_len, batch_invariant, device)
     paging, table, capacity = _paging(
         block_table, seq_lens, kv_indptr, kv_indices, kv_last_page_lens, page, batch, cp_world, device
     )
@@ -289,8 +289,10 @@ def _flat(buffers: list[Tensor]) -> bool:
     return all(b.shape[0] <= 1 or b.stride(0) == b.shape[1] * b.stride(1) for b in buffers)
 
 
-def _batch(q0: Tensor, qo_indptr: Tensor | None, max_q_len: int | None, device: Any) -> tuple[int, int, bool]:
-    """(batch, q_len, ragged)."""
+def _batch(
+    q0: Tensor, qo_indptr: Tensor | None, max_q_len: int | None, invariant: bool, device: Any
+) -> tuple[int, int, bool]:  # fmt: skip
+    """(batch, q_len, ragged). `invariant`: q_len must not depend on how many tokens the batch has."""
     if qo_indptr is None:
         q_len = q0.shape[1] if q0.dim() == 4 else 1
         _check(max_q_len is None or max_q_len >= q_len, f"max_q_len is {max_q_len}, q holds {q_len} tokens a sequence")
@@ -302,7 +304,7 @@ def _batch(q0: Tensor, qo_indptr: Tensor | None, max_q_len: int | None, device: 
         "qo_indptr needs max_q_len (a host integer: the longest q of a sequence)",
     )
     assert max_q_len is not None
-    return qo_indptr.shape[0] - 1, min(max_q_len, q0.shape[0]), True
+    return qo_indptr.shape[0] - 1, max_q_len if invariant else min(max_q_len, q0.shape[0]), True
 
 
 def _paging(
