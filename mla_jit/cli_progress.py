@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class Interrupts:
-    """Ctrl-C during a sweep. The first ends it after the running measurements; the second at once.
+    """Ctrl-C during a sweep. The first ends it after the running measurements; the second at once, by ending what it
+    waits for; a third wherever it is.
 
     A context manager. `soften` and `hurry` make that come soon; they are called in threads of their own.
     """
@@ -49,7 +50,7 @@ class Interrupts:
         self.stop.set()
         # Not here: the interrupted code may hold what these need.
         threading.Thread(target=self._end, args=(self.count > 1,), daemon=True).start()
-        if self.count > 1:
+        if self.count > 2:  # raised wherever the program is, and lost, with a traceback, if that is a destructor
             raise KeyboardInterrupt
 
     def _end(self, at_once: bool) -> None:

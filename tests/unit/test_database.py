@@ -596,6 +596,7 @@ def test_an_interrupted_verification_ends_its_workers(made: Callable[..., Path],
     with subprocess.Popen(
         [sys.executable, "-c", code, "verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         cwd=HERE.parents[1], env=os.environ | {"MLA_JIT_TUNING_DB": str(user), "MLA_JIT_TARGET": "cpu"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
     ) as process:  # fmt: skip
         assert process.stderr is not None
         assert process.stderr.readline().startswith("ok decode")
