@@ -210,21 +210,9 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 
 def _sources(template: Template, p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
-    """The kernel, and the combine of splitk.py where a sequence may be cut and its pieces may not be put together."""
-    head = render.header(target.isa, template.file)
-    stage1 = Source(
-        name=template.name,
-        toolchain="ptx",
-        toolchain_version=ptx.version(),
-        isa=target.isa,
-        content=render.closure(target.isa, template.file),
-        constants=tuple(sorted(_constants(template, p, target, config).items())),
-        signature=tuple((name, kind) for name, kind, _ in _arguments(p, target, config)),
-        locator=f"{target.isa}/{template.file}",
-        limits=Limits(
-            smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=("wgmma",)
-        ),
-    )
+    """The kernel, and combine.ptx where a sequence may be cut and its pieces may not be put together."""
+    constants, arguments = _constants(template, p, target, config), _arguments(p, target, config)
+    stage1 = _source(target, template.name, template.file, constants, arguments, ("wgmma",))
     if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
     return (stage1, _combine(p, target, config))
@@ -232,7 +220,6 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
 
 def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
     """The second kernel: combine.ptx, which sums partials of the result's type."""
-    head = render.header(target.isa, _COMBINE)
     heads, columns = _combine_tile(p, config)
     groups = _COMBINED // columns
     constants: dict[str, Scalar] = {
@@ -241,16 +228,27 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]),
     }  # fmt: skip
+    return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
+
+
+def _source(
+    target: Target, name: str, file: str, constants: dict[str, Scalar], arguments: list[tuple[str, str, Arg]],
+    require: tuple[str, ...] = (),
+) -> Source:  # fmt: skip
+    """A kernel of a template; its header says how many registers and threads it may have."""
+    head = render.header(target.isa, file)
     return Source(
-        name="decode_combine_asm",
+        name=name,
         toolchain="ptx",
         toolchain_version=ptx.version(),
         isa=target.isa,
-        content=render.closure(target.isa, _COMBINE),
+        content=render.closure(target.isa, file),
         constants=tuple(sorted(constants.items())),
-        signature=tuple((name, kind) for name, kind, _ in _combine_arguments(p, target, config)),
-        locator=f"{target.isa}/{_COMBINE}",
-        limits=Limits(smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads),
+        signature=tuple((parameter, kind) for parameter, kind, _ in arguments),
+        locator=f"{target.isa}/{file}",
+        limits=Limits(
+            smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=require
+        ),
     )
 
 
