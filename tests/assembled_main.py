@@ -3,10 +3,10 @@
     TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
         [--part I/N] [--page 64] [--splits N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
-The kernels are the rendered texts, run with the variant's own launches.
-Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and is no
-failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none noticed;
-in as many pieces as its file needs.
+The kernels are the rendered texts, run with the variant's own launches; what makes a work list runs in Triton's
+interpreter. Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and
+is no failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none
+noticed; in as many pieces as its file needs.
 The exit status is the number of failures (at most 100).
 """
 
@@ -25,13 +25,14 @@ import cases
 import ptx_machine
 import torch
 from asm_mistakes import MISTAKES, ORDERS, PIECES
-from interpreted_main import RED, interpretable, outputs, run_each, say
+from interpreted_main import RED, interpretable, of_variant, outputs, run_each, say
 
 from mla_jit import ops
 from mla_jit.compile import render
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
+from mla_jit.launch import interpreter
 from mla_jit.launch.base import Binding, Launch
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.ops.variant import Variant
@@ -111,6 +112,12 @@ def run_kernel(
     return ptx_machine.run(program, launch.grid, arguments, memory, size, seed=seed, cluster=launch.cluster)
 
 
+def interpret(source: Source, launch: Launch, binding: Binding, places: dict[str, int]) -> None:
+    """A Triton kernel that takes no floats."""
+    bound = interpreter.bind((source,), (dataclasses.replace(launch, kernel=0),), binding, {})
+    bound.run([places[name] + offset for name, offset in bound.operands], [])
+
+
 def decode(
     call: cases.Call, inputs: DecodeInputs, variant: Variant, target: Target, config: Config, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, ptx_machine.Statistics]:
@@ -125,10 +132,14 @@ def decode(
     places |= {name: workspace.data_ptr() + RED + offset for name, offset in offsets.items()}
     binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
     sources, launches = variant.sources(problem, target, config), variant.launches(problem, target, config)
-    said, *_ = [
-        run_kernel(sources[launch.kernel], launch, binding, places, inputs.floats, buffers(call, tensors), seed)
-        for launch in launches
-    ]
+    ran = []
+    for launch in launches:
+        source = sources[launch.kernel]
+        if source.toolchain == "ptx":
+            ran.append(run_kernel(source, launch, binding, places, inputs.floats, buffers(call, tensors), seed))
+        else:
+            interpret(source, launch, binding, places)
+    said, *_ = ran
     beside = torch.cat([workspace[:RED], workspace[RED + size :]])
     assert (beside == 0xFF).all(), f"{call.case.id}: written beside the workspace"
     return out, lse, said
@@ -140,7 +151,8 @@ def judged(
     """Runs a case: its config and figures, or why it is refused. Raises what the emulator or the judgement raises."""
     call = cases.build(case)
     inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
-    config = variant.default(inputs.problem, target).replace(pdl=False, **changes)
+    config = variant.default(inputs.problem, target).replace(**changes)
+    config = config.replace(pdl=False) if "pdl" in config else config
     if (reason := variant.rejects(inputs.problem, target, config)) is not None:
         return {"refused": reason}
     out, lse, said = decode(call, inputs, variant, target, config, seed)
@@ -161,7 +173,7 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces else case
             try:
                 with planted(variant.name, mistake):
-                    judged(interpretable(hard, "fp16"), variant, target, {}, order)
+                    judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, {}, order)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"
                 break
@@ -197,7 +209,10 @@ def main() -> int:
     if options.cases == "mistakes":
         return alive(variant, target, options.seed)
     cases_of = {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]
-    fit = [fitting(interpretable(case, options.dtype), options.page, options.splits) for case in cases_of]
+    fit = [
+        of_variant(fitting(interpretable(case, options.dtype), options.page, options.splits), variant)
+        for case in cases_of
+    ]
     chosen = [case for case in fit if options.only in case.id]
     return run_each(chosen, lambda case: judged(case, variant, target, changes, options.seed), options.stop)
 

@@ -125,6 +125,21 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
     """Why this variant cannot serve the problem with this config on this target, or None."""
     if p.scheduler == "persistent":
         return "the persistent scheduler is asked for"
+    if (reason := _refuses(template, p, target, config)) is not None:
+        return reason
+    if config["pdl"] and not target.has("pdl"):
+        return f"{target.name} has no programmatic dependent launch"
+    if config["combine_h"] not in _HEADS or config["combine_d"] not in _COLUMNS:
+        return f"combine_h {config['combine_h']}, combine_d {config['combine_d']}: one of {_HEADS}, one of {_COLUMNS}"
+    if config.int("combine_h") * config.int("combine_d") > _COMBINED:
+        return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
+    if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
+        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    return None
+
+
+def _refuses(template: Template, p: DecodeProblem, target: Target, config: Config) -> str | None:
+    """Why the template's kernel cannot serve the problem, whoever cuts the sequences, or None."""
     if not render.has(target.isa, template.file):
         return f"there is no template {template.file} for {target.name}"
     if p.q_dtype != p.kv_dtype or p.q_dtype not in ("bf16", "fp16"):
@@ -137,18 +152,10 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return reason
     if config["block_n"] != _BOX and _gathers(p, config):
         return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
-    if config["pdl"] and not target.has("pdl"):
-        return f"{target.name} has no programmatic dependent launch"
     if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
     if p.out_dtype == "fp16" and (p.kv_dtype != "fp16" or p.kv_scale):
         return "a piece's result may exceed fp16 where the whole does not, and partials have the result's type"
-    if config["combine_h"] not in _HEADS or config["combine_d"] not in _COLUMNS:
-        return f"combine_h {config['combine_h']}, combine_d {config['combine_d']}: one of {_HEADS}, one of {_COLUMNS}"
-    if config.int("combine_h") * config.int("combine_d") > _COMBINED:
-        return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
-    if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
-        return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     return None
 
 
@@ -175,13 +182,19 @@ def _like(config: Config) -> Config:
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
+    return _shared_constants(template, p, target, config) | {
+        "BATCH_POW2": splitk._batch_pow2(p), "SPLITS": _CLUSTER if _together(p, config) else 0,
+        "PDL": bool(config["pdl"]),
+    }  # fmt: skip
+
+
+def _shared_constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
+    """Those of every kernel of stage 1."""
     layout = template.layout(p, target, config)
     return {k: json.dumps(v) if isinstance(v, list) else v for k, v in layout.items()} | {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
-        "BATCH_POW2": splitk._batch_pow2(p),
-        "SPLITS": _CLUSTER if _together(p, config) else 0,
-        "LAZY": bool(config["lazy"]), "PDL": bool(config["pdl"]), "POLICY": config.text("policy"),
+        "LAZY": bool(config["lazy"]), "POLICY": config.text("policy"),
         "TOKENS": config.int("block_n"), "GATHER": _gathers(p, config), "CAUSAL": p.causal and p.q_len > 1,
         "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
@@ -190,6 +203,11 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
+    return _read(p, config, splitk._stage1(p, target, _like(config))[1])
+
+
+def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]]) -> list[tuple[str, str, Arg]]:
+    """Those of a Triton kernel's arguments that a template reads, with the boxes that it copies."""
     unread = set(_COPIED if _gathers(p, config) else _GATHERED)
     unread |= {"q_pe_ptr", "q_pe_stride_t", "q_pe_stride_h"} if p.rope_dim == 0 else set()
     unread |= {"kpe_ptr", "kpe_stride_page", "kpe_stride_tok"} if p.rope_dim == 0 else set()
@@ -200,7 +218,7 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
     unread |= {"logit_cap"} if not p.soft_cap else set()
     unread |= {"lse_stride_t", "lse_stride_h", "lse_mul"} if not p.lse else set()
     found = []
-    for name, kind, arg in splitk._stage1(p, target, _like(config))[1]:
+    for name, kind, arg in arguments:
         if arg.kind == "tma":
             box = (config.int("block_n"), _BOX)
             kind, arg = f"tma<{p.kv_dtype}[{box[0]},{box[1]}]>", dataclasses.replace(arg, block=box)

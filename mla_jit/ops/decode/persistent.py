@@ -233,15 +233,16 @@ def arrivals(p: DecodeProblem) -> int:
     return p.num_kv_heads * -(-p.rows // _LEAST_M)
 
 
-def _layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
+def _layout(p: DecodeProblem, target: Target, config: Config, dtype: str = "fp32") -> dict[str, int]:
+    """By buffer its first byte, and where all end; `dtype` is that of partials."""
     rows = _pieces(p, target, config) * p.q_len * p.num_heads
-    sizes = {"part": rows * p.kv_lora_rank, "part_lse": rows}
+    sizes = {"part": rows * p.kv_lora_rank * DTYPES[dtype].bytes, "part_lse": rows * 4}
     if not p.planned:
-        sizes |= {name: math.prod(shape) for name, shape in lists(p, target, config).items()}
+        sizes |= {name: 4 * math.prod(shape) for name, shape in lists(p, target, config).items()}
     found, at = {}, 0
-    for name, count in sizes.items():
+    for name, size in sizes.items():
         found[name] = at
-        at += -(-count * 4 // 16) * 16
+        at += -(-size // 16) * 16
     return {**found, "end": at}
 
 
