@@ -111,7 +111,7 @@ def bench(
     quality     the tuner's auto search against the exhaustive one; takes long
     neighbours  shapes that the databases do not hold: the nearest row's config, the default, others' rules for splits,
                 each against the shape's own tuned config
-    host        host time of a warm eager call; without a GPU on the null runtime
+    host        host time of a warm eager call, and with --against of peers'; without a GPU on the null runtime
     first-call  a process's first calls, with an empty cache and with a filled one
 
     peers, q2, capture, ragged, databases and --shape give microseconds a call in CUDA graphs, with the KV rotated past
@@ -175,10 +175,10 @@ def _check(what: str, against: tuple[str, ...], runs: int | None, hinted: bool) 
 
     if unknown := set(against) - set(peers.PEERS):
         raise InvalidInput(f"no peer {', '.join(sorted(unknown))}; there is {', '.join(peers.PEERS)}")
-    if (against or hinted) and what not in _WITH_PEERS:
-        raise InvalidInput(
-            f"--against and --capacity-hint are for the grids peers, q2 and databases and for --shape, not for {what}"
-        )
+    if against and what not in (*_WITH_PEERS, "host"):
+        raise InvalidInput(f"--against is for the grids peers, q2, databases and host and for --shape, not for {what}")
+    if hinted and what not in _WITH_PEERS:
+        raise InvalidInput(f"--capacity-hint is for the grids peers, q2 and databases and for --shape, not for {what}")
     if runs and what in _PROOFS:
         raise InvalidInput(f"--runs is not for {what}, which measures as often as it needs")
 
@@ -203,7 +203,7 @@ def _rows(
     from mla_jit.tuning import grids, overhead, prefill_grid
 
     if what == "host":
-        return overhead.host_rows(runs=runs)
+        return overhead.host_rows(against, runs=runs)
     if what == "first-call":
         return overhead.first_rows(runs=runs)
     if what == "capture":

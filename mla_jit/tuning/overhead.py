@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import mla_jit
 from mla_jit import launch, ops, settings, target
 from mla_jit.errors import MlaJitError
 from mla_jit.launch.null import NullRuntime
-from mla_jit.tuning import bench
+from mla_jit.tuning import bench, peers
 
 # (heads, kv_len, hints) at batch 1: one kernel by a hint, by request; split and combine.
 HOST_CASES: tuple[tuple[int, int, dict[str, int]], ...] = (
@@ -78,32 +78,56 @@ def _served() -> mla_jit.Dispatch:
 
 @dataclass(frozen=True)
 class HostRow:
-    """Host time of a warm eager call in µs: the median of the runs' medians, their least and largest, the minimum."""
+    """Host time of a warm eager call in µs: the median of the runs' medians, their least and largest, the minimum.
+
+    kernels: that it launches; None for a peer's call.
+    """
 
     case: str
-    kernels: int
+    kernels: int | None
     median_us: float
     low_us: float
     high_us: float
     min_us: float
 
 
-def host_rows(*, runs: int = 3, rounds: int = 40, calls: int = 50) -> list[HostRow]:
-    """A row for each of HOST_CASES. A value is the mean of `calls` calls in a row, the device idle before them."""
+def host_rows(against: Sequence[str] = (), *, runs: int = 3, rounds: int = 40, calls: int = 50) -> list[HostRow]:
+    """A row for each of HOST_CASES; then, on a GPU, of each of these peers, with the last one's shape.
+
+    A value is the mean of `calls` calls in a row, the device idle before them. How fast a host is differs between
+    machines: a peer's row says how fast this one is.
+    """
     rows = []
     with gpu_or_null() as device:
-        for heads, kv_len, hints in HOST_CASES:
+
+        def row(case: str, made: Callable[[int], Callable[[], Any]]) -> HostRow:
             medians, least = [], []
             for seed in range(runs):
-                call = _call(heads, kv_len, device, seed, **hints)
+                call = made(seed)
                 call()
                 times = [_host_us(call, calls, device) for _ in range(rounds)]
                 medians.append(statistics.median(times))
                 least.append(min(times))
+            return HostRow(case, None, statistics.median(medians), min(medians), max(medians), min(least))
+
+        for heads, kv_len, hints in HOST_CASES:
             case = ", ".join([f"{heads} heads", f"kv {kv_len}", *(f"{k}={v}" for k, v in hints.items())])
-            kernels = len(_served().kernels)
-            rows.append(HostRow(case, kernels, statistics.median(medians), min(medians), max(medians), min(least)))
+            found = row(case, functools.partial(_call, heads, kv_len, device, **hints))
+            rows.append(replace(found, kernels=len(_served().kernels)))
+        for name in against:
+            made = functools.partial(_peer, peers.by_name(name), heads, kv_len)
+            rows.append(row(f"{name}, {heads} heads, kv {kv_len}", made))
     return rows
+
+
+def _peer(runner: bench.Runner, heads: int, kv_len: int, seed: int) -> Callable[[], Any]:
+    """A peer's call, its inputs and its schedule ready on the GPU. MlaJitError where it does not serve the shape."""
+    sets = bench.make_sets(bench.Shape(heads, (kv_len,)), device="cuda", seed=seed, rotate_bytes=0)[:1]
+    call = runner.prepare(sets)
+    if call is None:
+        raise MlaJitError(f"this peer does not serve {heads} heads × {kv_len} tokens")
+    _finish("cuda")
+    return functools.partial(call, sets[0])
 
 
 def _host_us(call: Callable[[], Any], calls: int, device: str) -> float:
