@@ -14,12 +14,15 @@ import mla_jit
 from mla_jit import ahead, ops, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.ops.decode.inputs import decode_inputs
-from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
+from mla_jit.target import Target
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 VARIANTS = {v.name: v for v in ops.variants("decode") if v.backend == "asm"}
+WALK = "walk"  # decode_splitk_asm with programs that walk a batch of uneven lengths
+VARIANTS[WALK] = VARIANTS["decode_splitk_asm"]
+CHANGES: dict[str, dict[str, Any]] = {WALK: {"walk": True, "together": False, "block_n": 64}}
 BF16 = cases.PLAIN
 MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R": 32})
 
@@ -27,12 +30,14 @@ MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R
 def accepted(name: str) -> list[cases.Case]:
     """The cases that a variant takes; told without a GPU."""
     variant, hopper = VARIANTS[name], target.by_name("sm_90")
-    found = []
+    found: list[cases.Case] = []
     for case in dict.fromkeys((*cases.GPU, MINICPM3)):
         plain = case.q_dtype == case.kv_dtype in ("bf16", "fp16") and "odd" not in (case.q_view, case.kv_view)
         rows = case.heads // case.kv_heads * max(case.q_tokens, default=1)
         config = variant.default(DecodeProblem(num_heads=max(1, rows)), hopper)
         problem = DecodeProblem(num_heads=max(1, rows), kv_lora_rank=case.C, rope_dim=case.R)
+        if name == WALK and (len(case.lens) == 1 or case.num_kv_splits or case.batch_invariant):
+            continue  # nothing to walk
         if plain and variant.rejects(problem, hopper, config) is None:
             found.append(case)
     return found
@@ -41,10 +46,10 @@ def accepted(name: str) -> list[cases.Case]:
 CASES = [(name, case) for name in VARIANTS for case in accepted(name)]
 
 
-def install(problem: DecodeProblem, variant: Variant, **changes: Any) -> Config | None:
-    """From now on calls like this one have this variant's default; None where it refuses."""
-    here = target.of_device("cuda", 0)
-    config = variant.default(problem, here).replace(**changes)
+def install(problem: DecodeProblem, name: str, **changes: Any) -> Config | None:
+    """From now on calls like this one have this variant's default with the changes; None where it refuses."""
+    here, variant = target.of_device("cuda", 0), VARIANTS[name]
+    config = configured(problem, here, name).replace(**changes)
     only = problem.batch_invariant and config != plan.analytic(problem, here).config
     if only or variant.rejects(problem, here, config) is not None:
         return None
@@ -53,6 +58,10 @@ def install(problem: DecodeProblem, variant: Variant, **changes: Any) -> Config 
     mla_jit.reload()
     assert plan.load(json.dumps(exported).encode(), here) == 1
     return config
+
+
+def configured(problem: DecodeProblem, here: Target, name: str) -> Config:
+    return VARIANTS[name].default(problem, here).replace(**CHANGES.get(name, {}))
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +81,7 @@ def built(request: pytest.FixtureRequest) -> dict[tuple[str, cases.Case], cases.
     for name, case in chosen:
         call = calls[name, case] = cases.build(case, DEVICE)
         problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-        config = VARIANTS[name].default(problem, here)
+        config = configured(problem, here, name)
         if VARIANTS[name].rejects(problem, here, config) is None:
             jobs += [ahead.Job(here.name, source, problem) for source in VARIANTS[name].sources(problem, here, config)]
     ahead.build_all(list({job.source.key: job for job in jobs}.values()))
@@ -88,14 +97,14 @@ def decode(call: cases.Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 def test_case(which: tuple[str, cases.Case], built: dict[tuple[str, cases.Case], cases.Call]) -> None:
     call = built.pop(which)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-    if install(problem, VARIANTS[which[0]]) is None:
+    if install(problem, which[0]) is None:
         return  # its tensors lie in a way that the predicate refuses, which other tests are about
     call.poison()
     out, lse = decode(call)
     cases.check(call, out, lse)
     dispatch = mla_jit.last_dispatch()
     assert dispatch is not None
-    assert dispatch.variant == which[0]
+    assert dispatch.variant == VARIANTS[which[0]].name
     first = out.clone()
     call.poison()
     again, _ = decode(call)
@@ -109,7 +118,7 @@ def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
     long = cases.Case(heads=16, lens=(5000, 3000, 700, 64), **{**BF16, "page": page})
     call = cases.build(long, DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-    assert install(problem, VARIANTS[name]) is not None
+    assert install(problem, name) is not None
     out, lse = decode(call)  # compiles and loads
     cases.check(call, out, lse)
     graph = torch.cuda.CUDAGraph()
@@ -139,13 +148,13 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [name for name, v in VARIANTS.items() if "together" in v.space and name != WALK])
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.id)
 def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
     """Sequences cut alike by pairs of programs, uneven ones by the combine; always with the same bits."""
     call = cases.build(case, DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-    assert install(problem, VARIANTS[name], together=True, num_kv_splits=2, min_tiles=1) is not None
+    assert install(problem, name, together=True, num_kv_splits=2, min_tiles=1) is not None
     first = None
     for _ in range(3):
         call.poison()
@@ -163,10 +172,10 @@ def test_bounded_waits_end_well(name: str) -> None:
     """The debug build gives the same bits, and no wait of it is in vain."""
     call = cases.build(cases.Case(heads=16, lens=(900, 64, 1), **BF16), DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-    assert install(problem, VARIANTS[name]) is not None
+    assert install(problem, name) is not None
     plain, _ = decode(call)
     with settings.scope(bounded_waits=True):
-        assert install(problem, VARIANTS[name]) is not None
+        assert install(problem, name) is not None
         bounded, lse = decode(call)
     cases.check(call, bounded, lse)
     assert torch.equal(plain, bounded)

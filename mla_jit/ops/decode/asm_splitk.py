@@ -34,6 +34,7 @@ _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being 
 _CLUSTER = (
     2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
 )
+_LISTED, _LONG = 512, 128  # pieces of a program that walks, at most; of a part's length, what a piece adds (line.ptx)
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
 _GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
@@ -74,9 +75,10 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
     q, tile = boxes * _BOX_BYTES, boxes * tokens * 128
     rows = q + buffers * tile
     barriers = rows + 4 * 64 * 4
+    arena = barriers + buffers * 8 * (boxes + 2)
     return {
         "Q": 0, "K": [q + i * tile for i in range(buffers)], "ROWS": rows, "BARRIERS": barriers,
-        "ARENA": barriers + buffers * 8 * (boxes + 2),
+        "ARENA": -(-arena // 16) * 16 + 16 * _LISTED if _walks(p, config) else arena,
     }  # fmt: skip
 
 
@@ -135,6 +137,11 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
+    if "walk" in config and config["walk"]:
+        if config["together"] or config["block_n"] != _BOX:
+            return f"walk: for tiles of {_BOX} tokens, whose pieces are not put together"
+        if _walks(p, config) and _LONG + p.batch // splitk._wave(p, target, config) + 4 > _LISTED:
+            return f"walk: a program may have more than {_LISTED} pieces of so many sequences"
     return None
 
 
@@ -166,6 +173,8 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns}
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
+    if template is WIDE:
+        like["walk"] = False
     config = Config.of(template.name, **like, policy="evict_first", together=True)
     return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
 
@@ -177,12 +186,13 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    items = {name: value for name, value in config.items() if name not in ("policy", "together")}
+    items = {name: value for name, value in config.items() if name not in ("policy", "together", "walk")}
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
-    return _shared_constants(template, p, target, config) | {
+    own: dict[str, Scalar] = {"WALK": _walks(p, config)} if "walk" in config else {}
+    return _shared_constants(template, p, target, config) | own | {
         "BATCH_POW2": splitk._batch_pow2(p), "SPLITS": _CLUSTER if _together(p, config) else 0,
         "PDL": bool(config["pdl"]),
     }  # fmt: skip
@@ -244,7 +254,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "H": p.num_heads, "C": p.kv_lora_rank, "HEADS": heads, "COLUMNS": columns, "OUT": _PTX[p.out_dtype],
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
-        "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]),
+        "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -289,6 +299,11 @@ def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list
     return [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
 
 
+def _walks(p: DecodeProblem, config: Config) -> bool:
+    """Whether the tunable `walk` has an effect: lengths may be uneven."""
+    return "walk" in config and bool(config["walk"]) and splitk._balances(p)
+
+
 def _together(p: DecodeProblem, config: Config) -> bool:
     """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together.
 
@@ -310,7 +325,10 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     are not cut then, has something to do only if not.
     """
     args = tuple(arg for *_, arg in _arguments(p, target, config))
-    grid = (max(1, slots(p, target, config) * splitk._row_blocks(p, config)), 1, 1)
+    count = slots(p, target, config)
+    if _walks(p, config):  # as many as the device holds have the work, those of a lower place if lengths are even
+        count = max(p.batch * splitk.num_splits(p, config), splitk._wave(p, target, config))
+    grid = (max(1, count * splitk._row_blocks(p, config)), 1, 1)
     together = _together(p, config)
     stage1 = Launch(0, grid, args, cluster=_CLUSTER if together else 1)
     if _always_together(p, config) or not splitk._splits(p, config):
@@ -329,6 +347,8 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
     For uneven lengths as in splitk.py, but for few sequences no more than the device works on at once beside one for
     each: a program here fills an SM, so one that has nothing to do waits until another ends, and the combine for it.
     """
+    if _walks(p, config):
+        return p.batch * splitk.num_splits(p, config) + splitk._wave(p, target, config)
     found = splitk.slots(p, target, config)
     if splitk._balances(p) and p.batch <= _FEW:
         found = max(p.batch * splitk.num_splits(p, config), p.batch + splitk._wave(p, target, config))
@@ -373,6 +393,8 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         "min_tiles": (1, 2, 4), "pdl": (False, True), "policy": ("evict_first", "evict_normal"),
         "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS,
     }  # fmt: skip
+    if template is WIDE:
+        space["walk"] = (False, True)
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
         rejects=lambda p, target, config: _rejects(template, p, target, config),
