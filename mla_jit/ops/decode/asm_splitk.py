@@ -137,7 +137,7 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
-    if "walk" in config and config["walk"]:
+    if config.get("walk"):
         if config["together"] or config["block_n"] != _BOX:
             return f"walk: for tiles of {_BOX} tokens, whose pieces are not put together"
         if _walks(p, config) and _LONG + p.batch // splitk._wave(p, target, config) + 4 > _LISTED:
@@ -301,7 +301,7 @@ def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list
 
 def _walks(p: DecodeProblem, config: Config) -> bool:
     """Whether the tunable `walk` has an effect: lengths may be uneven."""
-    return "walk" in config and bool(config["walk"]) and splitk._balances(p)
+    return bool(config.get("walk")) and splitk._balances(p)
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
