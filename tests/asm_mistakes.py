@@ -8,6 +8,7 @@ _OTHERS = "ld.shared.v2.f32 {f2, f3}, [{{ place }}+{{ SUMS + 32 * i + 4 * N * ot
 _FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
 _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
 
+CHANGES = {"walk: ": {"walk": True, "together": False}}  # by how a mistake's name begins, the tunables that reach it
 PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
@@ -36,6 +37,28 @@ COMBINE: dict[str, tuple[str, str, str]] = {
     ),
     "combine: another head": ("combine.ptx", "mul.lo.s64 d0, d0, {{ H }};", "mul.lo.s64 d0, d0, {{ H + 1 }};"),
 }
+LOOP: dict[str, tuple[str, str, str]] = {
+    "q over results on their way out": (
+        "wide.ptx",
+        "        {{ m.bar_sync(5, 256) }}                  // both have written the last piece's results\n",
+        "",
+    ),
+    "an odd tile's buffer is kept": (
+        "wide.ptx",
+        "        {{ release(0, 1) }}\n{% endif %}\n{% endif %}\nDONE",
+        "{% endif %}\n{% endif %}\nDONE",
+    ),
+    "an odd tile's parity": (
+        "wide.ptx",
+        "        @p xor.b32 phase, phase, 1;\n{% endif %}\n        @p bra DONE0;",
+        "{% endif %}\n        @p bra DONE0;",
+    ),
+    "the producer begins anew": (
+        "wide.ptx",
+        "        {{ NEXT_PIECE() }}\n{% endif %}\n        add.s32 tile",
+        "        {{ NEXT_PIECE() }}\n        mov.u32 j, 0;\n{% endif %}\n        add.s32 tile",
+    ),
+}
 WIDE: dict[str, tuple[str, str, str]] = {
     "the last token": (
         "pieces.ptx",
@@ -49,29 +72,29 @@ WIDE: dict[str, tuple[str, str, str]] = {
     ),
     "another's pages": ("pieces.ptx", "cvt.s64.s32 d0, b;", "mov.u64 d0, 0;"),
     "one token for all": ("queries.ptx", "mul.lo.s64 stride, stride, t;", "mov.u64 stride, 0;"),
-    "the second half of a page": ("decode_splitk.ptx", "{{ PAGE }}, t0;", "{{ PAGE }}, 0;"),
+    "the second half of a page": ("wide.ptx", "{{ PAGE }}, t0;", "{{ PAGE }}, 0;"),
     "causal off by one": (
-        "decode_splitk.ptx",
+        "wide.ptx",
         "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;",
         "add.s32 t0, t0, token{{ r }};",
     ),
-    "V is not zeroed": ("decode_splitk.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "no fence after P": ("decode_splitk.ptx", _FENCED + _PUBLISH, _PUBLISH),
-    "no wait for P": ("decode_splitk.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),
-    "no wait for a free buffer": ("decode_splitk.ptx", "{{ m.mbar_wait(empty(b, i // HALF), 'phase') }}", ""),
-    "no wait for a box": ("decode_splitk.ptx", "{{ m.mbar_wait(full(b, i), 'phase') }}", ""),
+    "V is not zeroed": ("wide.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "no fence after P": ("wide.ptx", _FENCED + _PUBLISH, _PUBLISH),
+    "no wait for P": ("wide.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),
+    "no wait for a free buffer": ("wide.ptx", "{{ m.mbar_wait(empty(b, i // HALF), 'phase') }}", ""),
+    "no wait for a box": ("wide.ptx", "{{ m.mbar_wait(full(b, i), 'phase') }}", ""),
     "a buffer given back early": (
-        "decode_splitk.ptx",
+        "wide.ptx",
         "{{ m.wgmma_wait(0) }}\n        {{ release(1, 1) }}",
         "{{ release(1, 1) }}\n        {{ m.wgmma_wait(0) }}",
     ),
     "the maxima of other rows": (
-        "decode_splitk.ptx",
+        "wide.ptx",
         "MAXIMA[b] + 32 }}];\n{% endmacro %}",
         "MAXIMA[b] }}];\n{% endmacro %}",
     ),
-    "half the sums": ("decode_splitk.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
-    "gathered: not told before a wait": ("decode_splitk.ptx", "        @ready bra FREE;", "        bra FREE;"),
+    "half the sums": ("wide.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
+    "gathered: not told before a wait": ("wide.ptx", "        @ready bra FREE;", "        bra FREE;"),
     "gathered: no fence": ("gather.ptx", _FENCED, ""),
     "gathered: another's token": (
         "gather.ptx",
@@ -82,9 +105,29 @@ WIDE: dict[str, tuple[str, str, str]] = {
     "a piece's LSE in the result's base": ("pieces.ptx", "@whole ld.param.f32 {{ dst }}", "ld.param.f32 {{ dst }}"),
     "a piece to the result": ("pieces.ptx", "@!whole bra SAID;", ""),
     "one head's rows": ("pieces.ptx", "mad.lo.s64 {{ dst }}, index, per_head, {{ dst }};", ""),
-    "too few bytes expected": ("decode_splitk.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
+    "too few bytes expected": ("wide.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
     **TOGETHER,
     **COMBINE,
+    **{f"walk: {name}": mistake for name, mistake in LOOP.items()},
+    "walk: the line of other lengths": ("line.ptx", "add.u32 t9, t8, t2;", "add.u32 t9, t8, t3;"),
+    "walk: one piece a sequence": ("line.ptx", "    add.u32 t0, b, piece;", "    mov.u32 t0, b;"),
+    "walk: the first pieces for all": ("line.ptx", "add.u32 {{ first }}, b, t6;", "mov.u32 {{ first }}, t6;"),
+    "walk: a whole sequence as a piece": ("line.ptx", "@q or.b32 t0, t0, 0x80000000;", ""),
+    "walk: one lane's sequences": ("line.ptx", "        @has add.s32 {{ scratch }}, {{ scratch }}, other;\n", ""),
+}
+PERSISTENT: dict[str, tuple[str, str, str]] = {
+    **LOOP,
+    "empty sequences not written": ("listed.ptx", "setp.eq.s32 p, t1, 0;", "setp.eq.s32 p, t1, -1;"),
+    "all empty sequences are the first": ("listed.ptx", "mad.lo.u32 b, t1, groups, seen;", "mov.u32 b, seen;"),
+    "pieces without tiles": ("listed.ptx", "setp.le.s32 p, parts, 0;", "setp.le.s32 p, parts, 1;"),
+    "summed by the last but one": (
+        "fold.ptx",
+        "        sub.u32 last, parts, 1;\n        setp.ne",
+        "        sub.u32 last, parts, 2;\n        setp.ne",
+    ),
+    "the sums of the first sequence": ("fold.ptx", "mul.wide.s32 index, first, max_q_len;", "mov.b64 index, 0;"),
+    "the same rows again": ("fold.ptx", "{{ k * listed.LINES }};", "0;"),
+    "the LSE of another line": ("fold.ptx", "add.s64 lse_from{{ k }}, lse_from{{ k }}, lse_step;", ""),
 }
 NARROW: dict[str, tuple[str, str, str]] = {
     "no fence after P": ("narrow.ptx", _FENCED + _P_THERE, _P_THERE),
@@ -123,4 +166,9 @@ PAIR: dict[str, tuple[str, str, str]] = {
     "every tile by both": ("narrow.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
     "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
-MISTAKES = {"decode_splitk_asm": WIDE, "decode_narrow_asm": NARROW, "decode_narrow_pair_asm": PAIR}
+MISTAKES = {
+    "decode_splitk_asm": WIDE,
+    "decode_persistent_asm": PERSISTENT,
+    "decode_narrow_asm": NARROW,
+    "decode_narrow_pair_asm": PAIR,
+}

@@ -24,7 +24,7 @@ from typing import Any
 import cases
 import ptx_machine
 import torch
-from asm_mistakes import MISTAKES, ORDERS, PIECES
+from asm_mistakes import CHANGES, MISTAKES, ORDERS, PIECES
 from interpreted_main import RED, interpretable, of_variant, outputs, run_each, say
 
 from mla_jit import ops
@@ -169,11 +169,12 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
         started, killed, stale = time.perf_counter(), "", ""
         pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
         lens, order = ORDERS.get(mistake, (None, seed))
+        changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
         for case in cases.HARD if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces else case
             try:
                 with planted(variant.name, mistake):
-                    judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, {}, order)
+                    judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, changes, order)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"
                 break

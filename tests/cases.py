@@ -408,6 +408,7 @@ HARD: tuple[Case, ...] = (
     Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64)),
     Case(heads=8, page=64, lens=(490,), num_kv_splits=1),
     Case(heads=8, page=7, lens=(490, 63), num_kv_splits=1),
+    Case(heads=40, page=64, lens=(65, 0, 900, 0, 300)),
 )
 
 # Small enough for the CPU and for Triton's interpreter; every feature alone, and in pairs where they meet in the code.

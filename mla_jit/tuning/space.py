@@ -47,7 +47,10 @@ def candidates(
     ranked = sorted(
         defaults, key=lambda pair: (pair[0].measured_only, pair[0].cost(problem, target, pair[1]).time_us)
     )  # the call's default first
-    of_uneven = [pair for pair in ranked if _for_uneven(problem, pair[1])]
+    of_uneven = [
+        (variant, default) for variant, default in ranked
+        if _for_uneven(problem, default) and variant.rejects(problem, target, default) is None
+    ]  # fmt: skip
     ranked = [pair for pair in ranked if pair not in of_uneven[1:]]  # the cheapest of them stands for all
     found: dict[tuple[Any, ...], Config] = {}
     seen = {variant.name: _Identity(problem, target, variant, default) for variant, default in defaults}

@@ -250,7 +250,7 @@ def test_padding_costs_less_than_a_percent(heads: int, padded: int, repeated: bo
         assert bench.worst_row(out, first, [0, 64, 127]) < 8e-3
         assert not out[128:].any()
         graphs[str(shape.batch)] = bench.graph_of(call, sets)
-        kept.append((sets, metadata))
+        kept.append((sets, metadata, more))
         calls = len(sets)
     times = {name: statistics.median(us) for name, us in bench.time_alternating(graphs, calls).items()}
     zeros_us = 0.0 if repeated else (padded - 128) * heads * 512 * 2 / 2e6

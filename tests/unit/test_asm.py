@@ -21,16 +21,16 @@ from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
 from mla_jit.errors import CompileError, IllegalArtifact
 from mla_jit.launch.base import Binding, Packed, TensorView
-from mla_jit.ops.decode import asm_splitk
+from mla_jit.ops.decode import asm_persistent, asm_splitk
 from mla_jit.ops.variant import Variant
 from mla_jit.problem import DecodeProblem
 
 HOPPER = target.by_name("sm_90")
 WIDE, NARROW = asm_splitk.DECODE_SPLITK_ASM, asm_splitk.DECODE_NARROW_ASM
-PAIR = asm_splitk.DECODE_NARROW_PAIR_ASM
+PAIR, PERSISTENT = asm_splitk.DECODE_NARROW_PAIR_ASM, asm_persistent.DECODE_PERSISTENT_ASM
 FILES = {
     WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx", PAIR.name: "decode_narrow_pair.ptx",
-    "decode_combine_asm": "combine.ptx",
+    PERSISTENT.name: "decode_persistent.ptx", "decode_combine_asm": "combine.ptx",
 }  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "asm"
 PLAIN = DecodeProblem(num_heads=16, batch=4)
@@ -59,6 +59,7 @@ FACTORS: dict[str, list[Any]] = {
     "policy": ["evict_first", "evict_normal"],
     "pdl": [True, False],
     "bounded": [False, True],
+    "walk": [False, True],
     "combine": [(1, 512), (1, 64), (1, 128), (1, 256), (4, 512), (8, 64), (2, 256)],  # heads, columns
 }
 
@@ -92,15 +93,19 @@ def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
     """(name, artifact, constants) of the kernels of each variant that serves the row. For a child process."""
     found = {}
     with settings.scope(bounded_waits=row["bounded"]):
-        for variant in (WIDE, NARROW, PAIR):
+        for variant in (WIDE, NARROW, PAIR, PERSISTENT):
             problem = problem_of(row)
-            config = variant.default(problem, HOPPER).replace(**{k: row[k] for k in ("lazy", "policy", "pdl")})
+            tile = dict(zip(("combine_h", "combine_d"), row["combine"], strict=True))
+            config = variant.default(problem, HOPPER)
+            config = config.replace(
+                **{k: v for k, v in (row | tile).items() if k in ("lazy", "policy", "pdl", *tile) and k in config}
+            )
             if variant is WIDE:
-                config = config.replace(block_n=row["block_n"])
+                walk = row["walk"] and row["block_n"] == 64
+                config = config.replace(block_n=row["block_n"], walk=walk, together=not walk)
             if variant.rejects(problem, HOPPER, config) is None:
-                config = config.replace(**dict(zip(("combine_h", "combine_d"), row["combine"], strict=True)))
                 for source in variant.sources(problem, HOPPER, config):
-                    if source.key not in found:  # all have one combine
+                    if source.toolchain == "ptx" and source.key not in found:  # all have one combine
                         found[source.key] = source.name, ptx.compile_source(source), dict(source.constants)
     return list(found.values())
 
@@ -135,7 +140,7 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
         assert bool(artifact.extra["barriers"]) == constants.get("DEBUG", False)
 
 
-@pytest.mark.parametrize("variant", [WIDE, PAIR], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [WIDE, PERSISTENT, PAIR], ids=lambda v: v.name)
 def test_the_roles_registers_fit_the_device(variant: Variant) -> None:
     """What setmaxnreg asks for: a producer's and two consumers' warpgroups share what the program starts with."""
     count = render.header("sm_90a", FILES[variant.name]).registers
@@ -157,6 +162,8 @@ def test_every_pair_occurs() -> None:
         (WIDE, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128)),
         (NARROW, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
         (PAIR, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
+        (WIDE, DecodeProblem(num_heads=128, batch=65, kv_lora_rank=128)),
+        (PERSISTENT, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128, lse=True)),
         (
             WIDE,
             DecodeProblem(
@@ -175,14 +182,16 @@ def test_every_pair_occurs() -> None:
             ),
         ),
     ],
-    ids=["wide", "narrow", "pair", "much"],
+    ids=["wide", "narrow", "pair", "walk", "persistent", "much"],
 )
 def test_rendered_text_is_as_committed(
     variant: Variant, problem: DecodeProblem, request: pytest.FixtureRequest
 ) -> None:
     """So that a review sees what a change of a template does. `--full` writes them anew."""
     file = GOLDEN / f"{request.node.callspec.id}.ptx"
-    text = render.render(source_of(variant, problem)).text
+    changes = {"walk": "walk" in request.node.callspec.id} if variant is WIDE else {}
+    changes |= {"together": False} if changes.get("walk") else {}
+    text = render.render(source_of(variant, problem, **changes)).text
     if request.config.getoption("--full"):
         GOLDEN.mkdir(exist_ok=True)
         file.write_text(text)
@@ -248,7 +257,7 @@ def test_the_assemblers_message_comes_with_the_templates_line() -> None:
 @pytest.mark.parametrize(
     ("variant", "file", "old", "new"),
     [
-        (WIDE, "decode_splitk.ptx", ".reqntid {{ THREADS }}, 1, 1\n.minnctapersm 1\n", ".minnctapersm 1\n"),
+        (WIDE, "wide.ptx", ".reqntid {{ THREADS }}, 1, 1\n.minnctapersm 1\n", ".minnctapersm 1\n"),
         (NARROW, "narrow.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if R %}",
          "        {{ m.wgmma_commit() }}\n{% if R %}"),
     ],

@@ -18,6 +18,7 @@ import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
 TOGETHER = ("together=true", "num_kv_splits=2", "min_tiles=1")
+WALK = ("walk=true", "together=false")
 RUNS = {
     "wide": ("--part=0/8",),
     "wide, gathered": ("--part=1/8", "--page=0"),
@@ -44,6 +45,13 @@ RUNS = {
     "narrow, together": ("--variant=decode_narrow_asm", "--splits=2", "--part=1/8", *TOGETHER),
     "wide, real dims": ("--cases=large", "--part=1/3"),
     "wide, real dims, tiles of 32": ("--cases=large", "--part=2/5", "block_n=32"),
+    "walk": ("--part=1/4", "--sms=5", *WALK),
+    "walk, gathered, another order": ("--part=5/8", "--sms=7", "--page=0", "--seed=4", *WALK),
+    "walk, real dims": ("--cases=large", "--part=0/3", "--sms=7", *WALK),
+    "persistent": ("--variant=decode_persistent_asm", "--part=2/5", "--sms=7", "overhead=1"),
+    "persistent, gathered": ("--variant=decode_persistent_asm", "--part=3/8", "--page=0"),
+    "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/16", "--dtype=bf16", "--seed=5"),
+    "persistent, real dims": ("--variant=decode_persistent_asm", "--cases=large", "--part=1/3", "--sms=7"),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
 }
 

@@ -95,7 +95,7 @@ def test_plan_estimates_the_time_from_what_is_measured_and_compiled() -> None:
         assert few <= row["auto_s"] <= few + 2.5 * len(new) / 5
         assert row["measured"] < row["candidates"]
     assert [row["problem"]["total_kv"] is None for row in found["shapes"]] == [True, True, False]
-    uneven = {"decode_persistent_gluon", "decode_persistent_triton"}
+    uneven = {"decode_persistent_asm", "decode_persistent_gluon", "decode_persistent_triton"}
     assert {source.name.partition("_decode")[0] for source in new} == uneven
     for how in ("auto_s", "exhaustive_s"):
         assert found["total"][how] == pytest.approx(sum(row[how] for row in found["shapes"]))

@@ -41,12 +41,12 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("api api_metadata api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
     (  # times the public functions beside the peers
         (
-            "tuning.bench tuning.overhead tuning.stand tuning.prompts tuning.prefill_grid "
+            "tuning.bench tuning.stand tuning.prompts tuning.prefill_grid "
             "tuning.candidate "
             "tuning.builds tuning.worker tuning.pool"
         ),
     ),
-    ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.peers tuning.grids",),
+    ("tuning.sweep tuning.schedule tuning.database tuning.proofs tuning.overhead tuning.peers tuning.grids",),
     ("compat", "quickstart", "support", "tuning.auto", "tuning.predict"),
     ("cli cli_options cli_progress cli_tuning cli_database cli_report cli_predict cli_bench",),
 )

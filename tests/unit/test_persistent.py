@@ -16,7 +16,7 @@ import mla_jit
 from mla_jit import errors, launch, settings, target
 from mla_jit.compile import cache, triton
 from mla_jit.launch.null import NullRuntime
-from mla_jit.ops.decode import persistent
+from mla_jit.ops.decode import asm_persistent, persistent
 from mla_jit.problem import DecodeProblem
 
 HOPPER = target.targets()["sm_90"]
@@ -33,9 +33,9 @@ def arguments(batch: int = 2, pages: int = 4) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.fixture
 def null() -> Iterator[NullRuntime]:
-    """Calls on CPU tensors planned for sm_90 and sent to the null runtime."""
+    """Calls on CPU tensors planned for sm_90 and sent to the null runtime; Triton's kernels serve."""
     runtime = NullRuntime()
-    with settings.scope(target="sm_90", shipped_db=False):
+    with settings.scope(target="sm_90", shipped_db=False, backends=("triton",)):
         launch.override(runtime)
         mla_jit.reload()
         yield runtime
@@ -54,6 +54,50 @@ def test_a_call_makes_its_list_and_runs_it_in_one_wave(null: NullRuntime) -> Non
     assert dispatch is not None
     assert dispatch.variant == "decode_persistent_triton"
     assert "the persistent scheduler is asked for" in dispatch.rejected["decode_splitk_triton"]
+
+
+def test_kernels_in_ptx_serve_by_the_same_list_and_sum_it_themselves(null: NullRuntime) -> None:
+    q, kv, more = arguments(batch=3)
+    with settings.scope(backends=()):
+        mla_jit.reload()
+        mla_jit.decode(q, kv, **more, scheduler="persistent")
+        metadata = mla_jit.decode_metadata(q, kv, **more)
+        mla_jit.decode(q, kv, **more, metadata=metadata)
+    assert [record.kernel for record in null.records] == [SCHEDULE, asm_persistent.NAME, SCHEDULE, asm_persistent.NAME]
+    assert null.records[1].grid == (HOPPER.sms, 1, 1)
+
+
+@pytest.mark.parametrize("planned", [False, True])
+@pytest.mark.parametrize("heads", [16, 40, 128])
+def test_lists_are_those_of_the_kernels_in_triton(heads: int, planned: bool) -> None:
+    """Whoever makes a list, either walks it; partials in the result's type are half as large."""
+    more = {"planned": True, "groups": 33} if planned else {}
+    p = DecodeProblem(num_heads=heads, batch=64, lse=True, q_len=2, scheduler="persistent", **more)
+    mine, other = asm_persistent.default(p, HOPPER), persistent.default(p, HOPPER).replace(block_m=64, num_warps=8)
+    assert asm_persistent.lists(p, HOPPER, mine) == persistent.lists(p, HOPPER, other)
+    rows = (64 + asm_persistent.numbers(p, HOPPER, mine)["groups"]) * 2 * heads
+    saved = persistent.workspace_bytes(p, HOPPER, other) - asm_persistent.workspace_bytes(p, HOPPER, mine)
+    assert saved == rows * 512 * 2
+    walk, *rest = asm_persistent.sources(p, HOPPER, mine)
+    assert tuple(rest) == persistent.sources(p, HOPPER, other.replace(fold=True))[1:]
+    launches = asm_persistent.launches(p, HOPPER, mine)
+    assert [launch.kernel for launch in launches] == ([0] if planned else [1, 0])
+    assert len(launches[-1].args) == len(walk.signature)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"q_dtype": "fp16"}, "must both be"),
+        ({"scheduler": "split"}, "split slots are asked for"),
+        ({"num_kv_splits": 4}, "num_kv_splits asks for split slots"),
+        ({"batch_invariant": True}, "depends on the whole batch"),
+        ({"misaligned": ("kv",)}, "kv: the base or a stride"),
+    ],
+)
+def test_kernels_in_ptx_say_why_not(changes: dict[str, Any], reason: str) -> None:
+    problem = DecodeProblem(**{"num_heads": 128, **changes})
+    assert reason in (asm_persistent.rejects(problem, HOPPER, asm_persistent.default(problem, HOPPER)) or "")
 
 
 def test_one_list_serves_all_layers_of_a_step(null: NullRuntime) -> None:

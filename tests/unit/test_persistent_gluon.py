@@ -103,7 +103,7 @@ def test_only_where_the_instructions_are() -> None:
 def test_it_is_never_chosen_by_the_model_alone(heads: int) -> None:
     p = DecodeProblem(num_heads=heads, batch=64, page_size=64, max_kv_len=32768, scheduler="persistent")
     choice = plan.analytic(p, HOPPER)
-    assert choice.variant.name == "decode_persistent_triton"
+    assert choice.variant.name == "decode_persistent_asm"
     assert choice.rejected["decode_persistent_gluon"] == "taken by measured rows alone"
 
 

@@ -183,12 +183,14 @@ def test_no_split_is_shorter_than_a_tile() -> None:
 
 def test_what_balances_lengths_is_offered_where_they_are_uneven() -> None:
     def persistent(**fields: object) -> list[Config]:
-        return [c for c in made(batch=64, max_kv_len=32768, **fields) if c.variant == "decode_persistent_triton"]
+        return [c for c in made(batch=64, max_kv_len=32768, **fields) if "persistent" in c.variant]
 
     assert len(persistent()) == 1  # the default, which takes part everywhere
-    assert len(persistent(total_kv=400000)) > 20
-    assert len(persistent(scheduler="persistent")) > 20
+    for uneven in (persistent(total_kv=400000), persistent(scheduler="persistent")):
+        assert len([c for c in uneven if c.variant == "decode_persistent_triton"]) > 20
+        assert len([c for c in uneven if c.variant == "decode_persistent_asm"]) == 10
     assert {c.variant for c in made(batch=64, scheduler="persistent")} == {
+        "decode_persistent_asm",
         "decode_persistent_gluon",
         "decode_persistent_triton",
     }

@@ -167,7 +167,11 @@ def _refuses(template: Template, p: DecodeProblem, target: Target, config: Confi
 
 
 def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
-    """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them."""
+    """A sound config from shapes alone; pieces and combine as decode_splitk_gluon has them.
+
+    `walk` where lengths may be uneven and a sequence has not many programs: on an H200 1 to 2.5 % slower where they are
+    even, up to 30 % faster where not.
+    """
     heads, columns = _combine_default(p)
     like = {name: value for name, value in gluon.default(p, target).items() if name != "combine_s"}
     like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns}
@@ -176,7 +180,12 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     if template is WIDE:
         like["walk"] = False
     config = Config.of(template.name, **like, policy="evict_first", together=True)
-    return config.replace(num_kv_splits=splitk._default_splits(p, target, config))
+    config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
+    if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
+        walking = config.replace(walk=True, together=False)
+        if _walks(p, walking) and _rejects(template, p, target, walking) is None:
+            return walking
+    return config
 
 
 def _tokens(p: DecodeProblem) -> int:
