@@ -147,7 +147,7 @@ MUTATIONS = (
         "scales of unused slots read",
         "tl.load(p_scale + g, mask=filled, other=0.0)",
         "tl.load(p_scale + g)",
-        "c128r16-p16-q1-kv100x37-bf16xfp8_e4m3-outdtypefp32-scaled",
+        "h4over2-c256r16-p32",
     ),
     Mutation(
         "scales of another KV head",

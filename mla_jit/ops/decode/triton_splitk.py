@@ -5,8 +5,10 @@ tokens. With q [BLOCK_M, C + R] kept, it walks the split in tiles of BLOCK_N tok
 
     S = q_nope·Kᵀ + q_pe·K_ropeᵀ     P = exp2(S·scale - m)     O = O·alpha + P·K[:, :C]
 
-A tile is read once from device memory and serves as K and as V. Bytes a sequence: kv_len·(C + R)·sizeof for each block
-of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32; shared memory: num_stages tiles and q.
+A tile is read once from device memory and serves as K and as V. Of a cache with scales it is as many tiles as there are
+groups of 128 columns: S = Σ_g (q_g·K_gᵀ)·scale_g, O_g += (P·scale_g)·K_g, so values are multiplied as they are. Bytes a
+sequence: kv_len·(C + R)·sizeof for each block of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32;
+shared memory: num_stages tiles and q.
 
 The number of programs is fixed by the grid; each derives its piece of a sequence from the lengths on the device, so a
 graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main
