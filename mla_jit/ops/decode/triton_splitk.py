@@ -251,7 +251,8 @@ def _attend(q, q_pe, k, k_pe, scales, acc, m, l, row_end, n0, qk_scale, logit_ca
     p = tl.exp2(s * scale - shift[:, None])
     l = l * alpha + tl.sum(p, 1)
     if SCALED:
-        WEIGHTS: tl.constexpr = tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE  # noqa: SIM300  a scale may be beyond fp16
+        # a scale may be beyond fp16's range
+        WEIGHTS: tl.constexpr = tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE  # noqa: SIM300
         summed = ()
         for g in tl.static_range(len(v)):
             weights = (p * scales[g][None, :]).to(WEIGHTS)
