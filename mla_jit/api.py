@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from mla_jit.target import Target
 from mla_jit.tuning.rows import PROBLEMS
 
 _OPERANDS = (
-    "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
-    "out", "lse", "workspace", "groups", "info", "sums", "arrivals",
+    "q", "q_pe", "kv", "kpe", "scales", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale",
+    "kv_scale", "out", "lse", "workspace", "groups", "info", "sums", "arrivals",
 )  # fmt: skip
 _OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
 _MOST = 16384  # call signatures kept
@@ -53,6 +53,7 @@ class _Call(NamedTuple):
     executable: Executable
 
 
+Cache: TypeAlias = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 _calls: dict[tuple[Any, ...], _Call] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _last: Dispatch | None = None
@@ -60,7 +61,7 @@ _passing = threading.local()
 
 
 def decode(
-    q: Tensor | tuple[Tensor, Tensor], kv_cache: Tensor | tuple[Tensor, Tensor], *, kv_lora_rank: int, sm_scale: float,
+    q: Tensor | tuple[Tensor, Tensor], kv_cache: Cache, *, kv_lora_rank: int, sm_scale: float,
     block_table: Tensor | None = None, seq_lens: Tensor | None = None, kv_indptr: Tensor | None = None,
     kv_indices: Tensor | None = None, kv_last_page_lens: Tensor | None = None, qo_indptr: Tensor | None = None,
     max_q_len: int | None = None, max_kv_len: int | None = None, total_kv: int | None = None, causal: bool = True,
@@ -80,7 +81,10 @@ def decode(
         q: [B, q_len, H, C + R], [B, H, C + R] (one token each), or ragged [T, H, C + R] with `qo_indptr`; or a pair
             (q_nope [..., H, C], q_pe [..., H, R]), each with free strides. bf16, fp16, fp8 (fp32 on the cpu).
         kv_cache: [pages, page_size, num_kv_heads, C + R], or without the head dimension; or a pair (ckv [..., C],
-            kpe [..., R]). Same dtype as q, or fp8 e4m3.
+            kpe [..., R]). Same dtype as q, or fp8 e4m3. Or a triple (ckv [..., C], kv_scales [..., C / 128],
+            kpe [..., R] or None where R is 0): ckv in fp8 e4m3, with an fp32 scale for every 128 columns of each token;
+            kpe in q's dtype, bf16 or fp16, as it is. C is a multiple of 128. Each has strides of its own, so they may
+            be views of one buffer.
         kv_lora_rank: C, the width of the latent, which is also V.
         sm_scale: the softmax scale, positive. DeepSeek's is (128 + 64)^-½ · mscale², never (C + R)^-½.
         block_table, seq_lens: int32 [B, max_pages] and [B]. Entries past a sequence's last page are never read through.
@@ -93,6 +97,7 @@ def decode(
         logit_cap: cap · tanh(x / cap) on scaled logits, before the mask; 0 for none.
         sinks: fp32 [H], logits after scaling that join the denominator but not the LSE.
         q_scale, kv_scale: per-tensor dequantisation scales, float or 1-element fp32 tensors on the device, positive.
+            No kv_scale beside kv_scales.
         cp_rank, cp_world: context parallelism: the cache holds tokens cp_rank, cp_rank + cp_world, …; `seq_lens` are
             global; the result is this rank's partial output and LSE.
         metadata: of `decode_metadata` for the same arguments and today's lengths: the call runs that work list with the
@@ -137,9 +142,15 @@ def decode(
     # The key holds all that the binding below depends on: shapes, strides, dtypes, devices, alignment, flags.
     try:
         pair = q0, q1 = q if isinstance(q, (tuple, list)) else (q, q)
-        caches = kv0, kv1 = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, kv_cache)
+        caches = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, kv_cache)
+        scales: Any = None
+        if scaled := len(caches) == 3:
+            kv0, scales, kv1 = caches
+            kv1 = kv0 if kv1 is None else kv1  # without a rotary part any pointer will do
+        else:
+            kv0, kv1 = caches
         parts: Any = None
-        if q0 is not q1 or kv0 is not kv1:
+        if q0 is not q1 or kv0 is not kv1 or scaled:
             parts = (type(q), type(kv_cache), *map(_tensor_key, pair), *map(_tensor_key, caches), kv1.data_ptr() & 15)
         rare: Any = None
         if not (kv_indices is kv_indptr is qo_indptr is sinks is q_scale is kv_scale is kv_last_page_lens is None):
@@ -164,7 +175,7 @@ def decode(
         )  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(
-            f"q, kv_cache and the index arguments must be tensors, or pairs of tensors: {error}"
+            f"q, kv_cache and the index arguments must be tensors, or pairs of tensors (a triple with scales): {error}"
         ) from error
     call = _calls.get(key)
     if call is None:
@@ -197,8 +208,8 @@ def decode(
     else:  # with one split the kernel takes the pointer and does not use it
         workspace = _workspace(call, stream) if call.workspace_bytes else out
     operands: tuple[Any, ...] = (
-        q0, q1, kv0, kv1, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr, kv_last_page_lens,
-        qo_indptr, sinks,
+        q0, q1, kv0, kv1, scales, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr,
+        kv_last_page_lens, qo_indptr, sinks,
         q_scale, kv_scale, out, lse, workspace,
     )  # fmt: skip
     if metadata is not None:

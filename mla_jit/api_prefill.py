@@ -125,7 +125,7 @@ def _place(name: str, offset: int, inputs: PrefillInputs, executable: Executable
 
 
 def prefill_paged(
-    q: Tensor | tuple[Tensor, Tensor], kv_cache: Tensor | tuple[Tensor, Tensor], *, kv_lora_rank: int, sm_scale: float,
+    q: Tensor | tuple[Tensor, Tensor], kv_cache: api.Cache, *, kv_lora_rank: int, sm_scale: float,
     **arguments: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """A chunk of a prompt over the paged latent cache, in absorbed form: `decode` for a q of any length.

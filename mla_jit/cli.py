@@ -117,6 +117,13 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     default=("1", "2"),
     show_default=True,
 )
+@repeated(
+    "--layout",
+    str,
+    "The cache as joint (one tensor), split (ckv, kpe), or three (fp8 ckv, kv_scales, kpe).",
+    default=("joint",),
+    show_default=True,
+)
 @repeated("--paging", str, "table, csr (no seq_lens), csr+lens.", default=("table", "csr"), show_default=True)
 @click.option(
     "--lse",
@@ -170,7 +177,8 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
 @verb
 def _compile(
     target: tuple[str, ...], model: str, tp: int, dtype: tuple[str, ...], page_size: tuple[int, ...],
-    q_len: tuple[int, ...], paging: tuple[str, ...], lse: str, ragged: str, scales: str, causal: bool,
+    q_len: tuple[int, ...], layout: tuple[str, ...], paging: tuple[str, ...], lse: str, ragged: str, scales: str,
+    causal: bool,
     batch_invariant: bool, scheduler: tuple[str, ...], max_batch: int, op: str, sms: int | None,
     max_kv_len: int | None, jobs: int | None, verbose: bool, as_json: bool,
 ) -> int:  # fmt: skip
@@ -196,8 +204,8 @@ def _compile(
         for asked, planned in ((s, p) for s in dict.fromkeys(scheduler) for p in models.PLANNED[s]):
             kinds = models.decode_problems(
                 row, there, tp=tp, dtypes=dtype or None, page_sizes=page_size, q_lens=q_len, pagings=paging,
-                lse=which[lse], ragged=which[ragged], scales=scales, causal=causal, batch_invariant=batch_invariant,
-                scheduler=asked, planned=planned,
+                layouts=layout, lse=which[lse], ragged=which[ragged], scales=scales, causal=causal,
+                batch_invariant=batch_invariant, scheduler=asked, planned=planned,
             )  # fmt: skip
             sizes = ahead.of_any_size(kinds, there, max_batch=max_batch, max_kv_len=max_kv_len)
             plans.append(ahead.jobs_of(sizes, there))
@@ -311,6 +319,7 @@ def _show_compiled(built: list[ahead.Built], refused: dict[str, str], seconds: f
 @click.option("--rope-dim", type=click.IntRange(0), help="R, the rotary part [64].")
 @click.option("--dtype", default="bf16", show_default=True, help="bf16, fp16, fp32, fp8, fp8xfp8, or QxCACHE.")
 @click.option("--page-size", type=click.IntRange(1), default=64, show_default=True, help="Tokens a page.")
+@click.option("--layout", default="joint", show_default=True, help="joint, split, or three (ckv, kv_scales, kpe).")
 @click.option("--q-len", type=click.IntRange(1), default=1, show_default=True, help="Query tokens a sequence.")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
 @click.option(

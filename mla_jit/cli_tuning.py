@@ -54,6 +54,10 @@ _AXES = (
         "ragged) or uniform up to it, or one-long, the others short.", default=("even",), show_default=True,
     ),
     click.option(
+        "--layout", default="joint", show_default=True,
+        help="Take a cache that is joint (one tensor), split (ckv, kpe), or three (fp8 ckv, kv_scales, kpe).",
+    ),
+    click.option(
         "--page-size", type=click.IntRange(1), default=64, show_default=True, help="Take pages of so many tokens."
     ),
 )  # fmt: skip
@@ -69,7 +73,7 @@ _OP = (
 )  # fmt: skip
 _OF_ALL = ("model", "tp", "dtype", "batch", "kv_len", "q_len")
 # By op: the options that say something of it beside these, and what stands for the absent ones.
-_OWN = {"decode": ("lengths", "page_size"), "prefill": ("full",)}
+_OWN = {"decode": ("lengths", "page_size", "layout"), "prefill": ("full",)}
 _ABSENT: dict[str, dict[str, tuple[int, ...]]] = {
     "decode": {"batch": (1, 4, 16, 64, 128), "kv_len": (1024, 4096, 16384, 65536), "q_len": (1,)},
     "prefill": {"batch": (1, 4, 16), "kv_len": (1024, 4096, 16384), "q_len": ()},
@@ -122,7 +126,7 @@ def _axes(options: dict[str, Any]) -> dict[str, Any]:
         "dtypes": options["dtype"] or None, "batches": options["batch"], "kv_lens": options["kv_len"],
         "q_lens": options["q_len"],
     }  # fmt: skip
-    found |= {name: options[name] for name in ("page_size", "lengths") if name in options}
+    found |= {name: options[name] for name in ("page_size", "lengths", "layout") if name in options}
     return found | ({"causal": not options["full"]} if "full" in options else {})
 
 

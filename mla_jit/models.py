@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mla_jit import resources
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
+from mla_jit.layouts import LAYOUTS
 from mla_jit.problem import DecodeProblem, MergeProblem, PrefillProblem, bucket
 from mla_jit.target import Target
 
@@ -91,28 +92,46 @@ def decode_problems(
     model: Model, target: Target, *, tp: int = 1, dtypes: Sequence[str] | None = None,
     page_sizes: Sequence[int] = (64,), q_lens: Sequence[int] = (1, 2), pagings: Sequence[str] = ("table", "csr"),
     lse: Sequence[bool] = (False, True), ragged: Sequence[bool] = (False, True), scales: str = "auto",
-    **fixed: Any,
+    layouts: Sequence[str] = ("joint",), **fixed: Any,
 ) -> Iterator[DecodeProblem]:  # fmt: skip
     """The kinds of decode call that serving a model on a target makes: the product of the given axes.
 
     Sizes are not an axis here: each problem has one sequence of the model's longest context (see `ahead.of_any_size`).
     Scales given as device tensors are another kernel than floats or none. scales: "none" of them; "all", q_scale and
-    kv_scale whatever the dtypes; "auto", none, and also those of the fp8 operands. `fixed` sets further fields of all
-    problems, e.g. causal=False or sinks=True.
+    kv_scale whatever the dtypes; "auto", none, and also those of the fp8 operands. layouts: rows of layouts.py; of one
+    with scales of its own only calls with an fp8 cache and q in 16 bits are made, without kv_scale. `fixed` sets
+    further fields of all problems, e.g. causal=False or sinks=True. InvalidInput for what is unknown, and for a layout
+    that none of the dtypes can have.
     """
     heads = model.local_heads(tp)
     if unknown := set(pagings) - set(PAGINGS):
         raise InvalidInput(f"paging {', '.join(sorted(unknown))} is unknown; use {', '.join(PAGINGS)}")
     pairs = [dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)]
-    axes = itertools.product(dict.fromkeys(pairs), page_sizes, q_lens, pagings, lse, ragged)
-    for (q, cache), page_size, q_len, paging, with_lse, is_ragged in axes:
+    kinds = [kind for layout in dict.fromkeys(layouts) for kind in laid_out(layout, dict.fromkeys(pairs))]
+    axes = itertools.product(kinds, page_sizes, q_lens, pagings, lse, ragged)
+    for (layout, q, cache), page_size, q_len, paging, with_lse, is_ragged in axes:
         for scaled in _scales(q, cache, scales):
+            if LAYOUTS[layout].scaled and scaled.pop("kv_scale", False) and not scaled.get("q_scale"):
+                continue  # as without any
             yield DecodeProblem(
                 num_heads=heads, kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q, kv_dtype=cache,
-                out_dtype="bf16" if DTYPES[q].bits == 8 else q, page_size=page_size, q_len=q_len,
-                paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged,
+                out_dtype="bf16" if DTYPES[q].bits == 8 else q, page_size=page_size, layout=layout,
+                q_len=q_len, paging=paging.partition("+")[0], has_lens=paging != "csr", lse=with_lse, ragged=is_ragged,
                 max_kv_len=bucket(model.max_kv_len), **(scaled | fixed),
             )  # fmt: skip
+
+
+def laid_out(layout: str, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(layout, q, cache) of those of these dtypes that a cache laid out so can have. InvalidInput where none can."""
+    if layout not in LAYOUTS:
+        raise InvalidInput(f"layout {layout!r} is unknown; use {', '.join(LAYOUTS)}")
+    found = [
+        (layout, q, cache) for q, cache in pairs
+        if not LAYOUTS[layout].scaled or (DTYPES[cache].bits == 8 < DTYPES[q].bits)
+    ]  # fmt: skip
+    if not found:
+        raise InvalidInput(f"layout {layout!r} needs an fp8 cache and q in 16 bits; pass such dtypes, e.g. fp8")
+    return found
 
 
 def prefill_problems(

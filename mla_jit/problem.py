@@ -14,11 +14,12 @@ from typing import Any, ClassVar, TypeAlias
 
 from mla_jit import dtypes
 from mla_jit.errors import InvalidInput
-from mla_jit.layouts import LAYOUTS
+from mla_jit.layouts import GROUP, LAYOUTS
 
 SCHEDULERS = ("auto", "split", "persistent")
 MIXES = ("log-uniform", "uniform", "one-long")  # how uneven lengths may be distributed
 PREFILL_SCHEDULERS = ("auto", "tiles", "persistent")
+NO_KV_SCALE = "kv_scale is given beside kv_scales; multiply it into kv_scales (and into kpe)"
 ALIGNMENT = 16  # bytes: the width of the widest vector access and of a bulk copy's base
 
 
@@ -160,6 +161,43 @@ class DecodeProblem(Problem):
             not (self.sinks and self.context_parallel),
             "sinks with cp_world > 1 would be counted once a rank; merge the ranks' partial outputs, then add them",
         )
+        if LAYOUTS[self.layout].scaled:
+            self._check_scaled()
+
+    def _check_scaled(self) -> None:
+        """InvalidInput for what a cache (ckv, kv_scales, kpe) cannot be."""
+        _check(
+            dtypes.DTYPES[self.kv_dtype].bits == 8,
+            f"ckv is {self.kv_dtype}; beside kv_scales it must be fp8 e4m3 (without them, pass the pair (ckv, kpe))",
+        )
+        _check(
+            dtypes.DTYPES[self.q_dtype].bits > 8,
+            f"q is {self.q_dtype}; with kv_scales it must be bf16 or fp16, which kpe is then too",
+        )
+        _check(
+            self.kv_lora_rank % GROUP == 0,
+            f"kv_lora_rank is {self.kv_lora_rank}; kv_scales has one scale for {GROUP} columns, of which it must be a "
+            "multiple",
+        )
+        _check(not self.kv_scale, NO_KV_SCALE)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the latent is to be multiplied by scales of its own (layouts.py)."""
+        return LAYOUTS[self.layout].scaled
+
+    @property
+    def rope_dtype(self) -> str:
+        """Of the cached rotary part."""
+        return LAYOUTS[self.layout].dtypes(self.kv_dtype, self.q_dtype)[-1]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token in the cache, all KV heads."""
+        row = LAYOUTS[self.layout]
+        sizes = (dtypes.DTYPES[name].bytes for name in row.dtypes(self.kv_dtype, self.q_dtype))
+        widths = row.widths(self.kv_lora_rank, self.rope_dim)
+        return self.num_kv_heads * sum(n * size for n, size in zip(widths, sizes, strict=True))
 
     @property
     def gqa_ratio(self) -> int:
@@ -197,7 +235,7 @@ class DecodeProblem(Problem):
     @property
     def data_bytes(self) -> int:
         """Of these tokens in the latent cache."""
-        return self.tokens * self.num_kv_heads * self.head_dim * dtypes.DTYPES[self.kv_dtype].bytes
+        return self.tokens * self.token_bytes
 
     @property
     def flops(self) -> int:
@@ -212,14 +250,15 @@ class DecodeProblem(Problem):
     def kind(self) -> str:
         """What it is but for its sizes, in a few words."""
         dims = f"{self.kv_lora_rank}+{self.rope_dim}"
-        return f"{self.num_heads} heads × {dims}, {self.q_dtype}×{self.kv_dtype}, page {self.page_size}"
+        types = f"{self.q_dtype}×{self.kv_dtype}{' scaled' if self.scaled else ''}"
+        return f"{self.num_heads} heads × {dims}, {types}, page {self.page_size}"
 
     @property
     def label(self) -> str:
         """A shape in a few words: heads, batch, length, and what is not usual."""
         more = [] if self.total_kv is None else [self.mix]
         more += [] if self.q_len == 1 else [f"q_len {self.q_len}"]
-        more += _dtypes_unlike_bf16(self.q_dtype, self.kv_dtype)
+        more += _dtypes_unlike_bf16(self.q_dtype, self.kv_dtype, " scaled" if self.scaled else "")
         return ", ".join([f"{self.num_heads} heads × {self.batch} × {self.max_kv_len}", *more])
 
     def __str__(self) -> str:
@@ -227,12 +266,13 @@ class DecodeProblem(Problem):
         q = f"q_len {self.q_len}{' ragged' if self.ragged else ''}"
         return (
             f"decode {self.num_heads} heads/{self.num_kv_heads} × {self.kv_lora_rank}+{self.rope_dim}, "
-            f"{self.q_dtype}×{self.kv_dtype}, page {self.page_size}, batch {self.batch}, {q}, {length}"
+            f"{self.q_dtype}×{self.kv_dtype}{' scaled' if self.scaled else ''}, page {self.page_size}, "
+            f"batch {self.batch}, {q}, {length}"
         )
 
 
-def _dtypes_unlike_bf16(q: str, kv: str) -> list[str]:
-    return [] if (q, kv) == ("bf16", "bf16") else [f"{q}×{kv}"]
+def _dtypes_unlike_bf16(q: str, kv: str, more: str = "") -> list[str]:
+    return [] if (q, kv) == ("bf16", "bf16") else [f"{q}×{kv}{more}"]
 
 
 @dataclass(frozen=True, kw_only=True)

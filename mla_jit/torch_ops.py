@@ -2,9 +2,9 @@
 
 `decode` is functional and always returns (out, lse); `decode_out` writes into the caller's tensors. Their arguments are
 those of `mla_jit.decode` in the form that an operator's schema knows: a pair (q_nope, q_pe) is `q` and `q_pe`, a pair
-(ckv, kpe) is `kv_cache` and `kpe`, and a scale is a tensor (`q_scale`) or else a float (`q_scale_value`). Eager calls
-never come here: they bypass the dispatcher. `prefill` and `prefill_out` are the same of `mla_jit.prefill`, and
-`merge_state` of that. Registered once a process, when this module is first imported.
+(ckv, kpe) is `kv_cache` and `kpe`, a triple also has `kv_scales`, and a scale is a tensor (`q_scale`) or else a float
+(`q_scale_value`). Eager calls never come here: they bypass the dispatcher. `prefill` and `prefill_out` are the same of
+`mla_jit.prefill`, and `merge_state` of that. Registered once a process, when this module is first imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _INPUTS = (
     "Tensor? kv_last_page_lens=None, Tensor? qo_indptr=None, SymInt? max_q_len=None, SymInt? max_kv_len=None, "
     "SymInt? total_kv=None, bool causal=True, float logit_cap=0.0, Tensor? sinks=None, Tensor? q_scale=None, "
     "float? q_scale_value=None, Tensor? kv_scale=None, float? kv_scale_value=None, int cp_rank=0, int cp_world=1, "
-    'str lse_base="e", SymInt? num_kv_splits=None, bool batch_invariant=False, str scheduler="auto"'
+    'str lse_base="e", SymInt? num_kv_splits=None, bool batch_invariant=False, str scheduler="auto", '
+    "Tensor? kv_scales=None"
 )
 _PREFILL = (
     "Tensor q, Tensor k, Tensor v, *, Tensor qo_indptr, Tensor kv_indptr, SymInt max_q_len, float sm_scale, "
@@ -62,8 +63,12 @@ def _parted_scales(names: tuple[str, ...], arguments: dict[str, Any]) -> dict[st
 def _call(q: Tensor, q_pe: Tensor | None, kv_cache: Tensor, kpe: Tensor | None, arguments: dict[str, Any]) -> Any:
     """`api.decode` from an operator's arguments."""
     arguments = _with_scales(("q_scale", "kv_scale"), arguments)
+    scales = arguments.pop("kv_scales", None)
+    cache: Any = kv_cache if kpe is None else (kv_cache, kpe)
+    if scales is not None:
+        cache = (kv_cache, scales, kpe)
     with api.keeping_nothing():
-        return api.decode(q if q_pe is None else (q, q_pe), kv_cache if kpe is None else (kv_cache, kpe), **arguments)
+        return api.decode(q if q_pe is None else (q, q_pe), cache, **arguments)
 
 
 def _decode(
@@ -108,8 +113,14 @@ def traced_decode(
         raise InvalidInput("metadata cannot be traced yet; call decode outside of torch.compile, or pass None")
     q_parts = tuple(q) if isinstance(q, (tuple, list)) else (q, None)
     kv_parts = tuple(kv_cache) if isinstance(kv_cache, (tuple, list)) else (kv_cache, None)
+    if len(kv_parts) == 3:
+        arguments["kv_scales"] = kv_parts[1]
+        kv_parts = kv_parts[::2]
     if len(q_parts) != 2 or len(kv_parts) != 2:
-        raise InvalidInput("q and kv_cache are one tensor each or a pair: (q_nope, q_pe), (ckv, kpe)")
+        raise InvalidInput(
+            "q and kv_cache are one tensor each, a pair, or a cache of three: (q_nope, q_pe), (ckv, kpe), "
+            "(ckv, kv_scales, kpe)"
+        )
     arguments = _parted_scales(("q_scale", "kv_scale"), arguments)
     if out is None and lse is None and workspace is None:
         made, made_lse = torch.ops.mla_jit.decode(*q_parts, *kv_parts, out_dtype=out_dtype, **arguments)

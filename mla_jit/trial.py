@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mla_jit import dtypes
 from mla_jit.dtypes import DTYPES
+from mla_jit.layouts import GROUP
 from mla_jit.ops.decode import reference
 from mla_jit.ops.prefill import reference as prompts
 from mla_jit.problem import DecodeProblem, PrefillProblem
@@ -20,7 +21,7 @@ class Call:
     """Arguments of `mla_jit.decode`: positional operands and keywords."""
 
     q: Tensor
-    kv_cache: Tensor
+    kv_cache: Any  # a tensor; (ckv, kv_scales, kpe) for a cache with scales
     keywords: dict[str, Any]
 
 
@@ -39,9 +40,9 @@ class Judgement:
 
 
 def make_call(problem: DecodeProblem, device: str, *, seed: int = 0, sm_scale: float | None = None) -> Call:
-    """Random operands for a problem whose cache is one buffer: lengths up to max_kv_len, pages in random order.
+    """Random operands for a problem whose cache is one buffer, or three: lengths up to max_kv_len, random pages.
 
-    Slots without a token are NaN, table entries without a page are page -1, and outputs start as NaN.
+    Slots without a token are NaN, their scales too, table entries without a page are page -1, and outputs start as NaN.
     """
     p, generator = problem, torch.Generator().manual_seed(seed)
 
@@ -97,7 +98,19 @@ def make_call(problem: DecodeProblem, device: str, *, seed: int = 0, sm_scale: f
     for name, given in (("q_scale", p.q_scale), ("kv_scale", p.kv_scale)):
         if given:
             keywords[name] = torch.tensor([0.5], device=device)
+    if p.scaled:
+        return Call(placed(q, p.q_dtype), tuple(x.to(device) for x in scaled_cache(p, cache)), keywords)
     return Call(placed(q, p.q_dtype), placed(cache, p.kv_dtype), keywords)
+
+
+def scaled_cache(p: DecodeProblem, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(ckv, kv_scales, kpe) for fp32 tokens [..., C + R]: the greatest of each 128 columns is fp8's greatest number."""
+    fp8, row = DTYPES[p.kv_dtype], DTYPES[p.rope_dtype]
+    latent = tokens[..., : p.kv_lora_rank].unflatten(-1, (-1, GROUP))
+    scales = latent.abs().amax(-1).clamp_min(1e-12) / fp8.max_finite
+    values = (latent / scales[..., None]).clamp(-fp8.max_finite, fp8.max_finite).flatten(-2)
+    rope = tokens[..., p.kv_lora_rank :].to(getattr(torch, row.torch))
+    return values.to(getattr(torch, fp8.torch)), scales, rope.contiguous()
 
 
 def _int32(values: Any, device: str) -> Tensor:
@@ -174,7 +187,8 @@ def judge(call: Call, out: Tensor, lse: Tensor) -> Judgement:
     """The result of a call against the float64 reference, on the same device."""
     names = {k: v for k, v in call.keywords.items() if k not in ("out", "lse")}
     want, want_lse = reference.decode(call.q, call.kv_cache, **names)
-    return _judged(call.q, call.kv_cache, out, lse, want, want_lse)
+    keys = call.kv_cache[0] if isinstance(call.kv_cache, tuple) else call.kv_cache
+    return _judged(call.q, keys, out, lse, want, want_lse)
 
 
 def _judged(queries: Tensor, keys: Tensor, out: Tensor, lse: Tensor, want: Tensor, want_lse: Tensor) -> Judgement:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mla_jit import dtypes
+from mla_jit.layouts import GROUP
 from mla_jit.ops.decode import reference
 
 GARBAGE = (-1, 2**31 - 1, 123_456_789, -(2**31))
@@ -43,6 +44,7 @@ class Case:
     csr_lens: bool = False  # seq_lens given beside the CSR arrays
     q_split: bool = False
     kv_split: bool = False
+    scaled: str = ""  # a cache (ckv, kv_scales, kpe): "": no; "buffers"; "token": views of one row a token; "page"
     q_3d: bool = True  # [B, H, D] where q_len is 1
     kv_3d: bool = False  # the cache without the head dimension
     q_view: str = ""  # "heads": head-major storage; "padded": rows apart; "odd": a base off by one element
@@ -235,8 +237,11 @@ def build(case: Case, device: Any = "cpu", seed: int | None = None) -> Call:
     order = torch.randperm(sum(used) if case.far else total, generator=generator, device=device)[: sum(used)]
     page_ids = order + case.spare_pages if case.far else order
 
-    widths = [case.C, case.R] if case.kv_split else [width]
-    cache = [_store(case.kv_view, (total, case.page, case.kv_heads, w), kv_type, device, gap_dim=1) for w in widths]
+    if case.scaled:
+        cache = _scaled_store(case, total, device)
+    else:
+        widths = [case.C, case.R] if case.kv_split else [width]
+        cache = [_store(case.kv_view, (total, case.page, case.kv_heads, w), kv_type, device, gap_dim=1) for w in widths]
     q_rows = torch.full((tokens, case.heads, width), float("nan"), device=device)
     start = first = 0
     for b, (length, q_len) in enumerate(zip(case.lens, case.q_tokens, strict=True)):
@@ -254,7 +259,8 @@ def build(case: Case, device: Any = "cpu", seed: int | None = None) -> Call:
         q_rows[first : first + q_len] = q / q_scale
         slot = torch.arange(held[b], device=device)
         where = (mine[slot // case.page], slot % case.page)
-        for buffer, part in zip(cache, torch.split(key / kv_scale, widths, -1), strict=True):
+        parts = _quantised(case, key) if case.scaled else torch.split(key / kv_scale, widths, -1)
+        for buffer, part in zip(cache, parts, strict=True):
             _assign(buffer, where, part)
         start, first = start + used[b], first + q_len
 
@@ -294,9 +300,49 @@ def build(case: Case, device: Any = "cpu", seed: int | None = None) -> Call:
     if case.kv_3d:
         cache = [buffer.squeeze(2) for buffer in cache]
     owned = torch.arange(tokens, device=device) < sum(case.q_tokens)
-    return Call(
-        case, tuple(q_parts) if case.q_split else q_parts[0], tuple(cache) if case.kv_split else cache[0], kwargs, owned
+    buffers: Any = tuple(cache) if case.kv_split or case.scaled else cache[0]
+    if case.scaled and case.R == 0:
+        buffers = (*cache[:2], None)
+    return Call(case, tuple(q_parts) if case.q_split else q_parts[0], buffers, kwargs, owned)
+
+
+def _scaled_store(case: Case, pages: int, device: Any) -> list[Tensor]:
+    """NaN storage of (ckv, kv_scales, kpe): three buffers, or views of one, its fields side by side a token or page."""
+    kinds = [getattr(torch, dtypes.DTYPES[name].torch) for name in (case.kv_dtype, "fp32", case.q_dtype)]
+    widths = (case.C, case.C // GROUP, case.R)
+    shape = (pages, case.page, case.kv_heads)
+    if case.scaled == "buffers":
+        return [
+            _store(case.kv_view, (*shape, w), kind, device, gap_dim=1) for w, kind in zip(widths, kinds, strict=True)
+        ]
+    sizes = [w * kind.itemsize for w, kind in zip(widths, kinds, strict=True)]
+    raw, tokens = (
+        torch.empty(pages, case.page * case.kv_heads * sum(sizes), dtype=torch.uint8, device=device),
+        shape[1:],
     )
+    if case.scaled == "token":
+        fields = raw.view(*shape, sum(sizes)).split(sizes, -1)
+    else:
+        parts = raw.split([math.prod(tokens) * size for size in sizes], -1)
+        fields = tuple(part.unflatten(-1, (*tokens, size)) for part, size in zip(parts, sizes, strict=True))
+    found = []
+    for field, kind in zip(fields, kinds, strict=True):
+        view = field.view(kind)
+        if kind.itemsize == 1:
+            field.fill_(0x80 if "fnuz" in str(kind) else 0x7F)
+        else:
+            view.fill_(float("nan"))
+        found.append(view)
+    return found
+
+
+def _quantised(case: Case, key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, scales, rotary parts) of keys [..., C + R]: the greatest of each group is fp8's greatest number."""
+    most = dtypes.DTYPES[case.kv_dtype].max_finite
+    latent = key[..., : case.C].unflatten(-1, (-1, GROUP))
+    scales = latent.abs().amax(-1).clamp_min(1e-6) / most
+    values = (latent / scales[..., None]).clamp(-most, most).flatten(-2)
+    return values, scales, key[..., case.C :]
 
 
 def out_dtype(case: Case) -> str:
@@ -392,6 +438,7 @@ def _with(case: Case, **changes: Any) -> Case:
 
 FP8 = {"q_dtype": "bf16", "kv_dtype": "fp8_e4m3"}
 FP8_BOTH = {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3"}
+SCALED: dict[str, Any] = {**FP8, "scaled": "buffers", "C": 128}
 
 # The dims of real models on few tokens, for what runs kernels as they are compiled but slowly.
 LARGE: tuple[Case, ...] = (
@@ -499,6 +546,16 @@ SMALL: tuple[Case, ...] = (
     Case(**FP8_BOTH, q_scale="tensor", kv_scale="tensor"),
     Case(**FP8_BOTH, q_len=2, out_dtype="fp16"),
     Case(q_dtype="bf16", kv_dtype="fp8_e4m3fnuz", kv_scale="float"),
+    # scales of 128 columns
+    Case(**SCALED),
+    Case(**{**SCALED, "C": 256, "R": 32}, heads=5, page=7, lens=(99, 7, 8), q_len=2),
+    Case(**SCALED, page=1, lens=(45, 0, 33), csr=True, lse_base="2"),
+    Case(**{**SCALED, "C": 384}, page=64, lens=(127, 128, 129), q_len=4, cap=15.0, num_kv_splits=2),
+    Case(**{**SCALED, "scaled": "token"}, page=16, lens=(66, 130), q_split=True, q_lens=(3, 1), sinks=True),
+    Case(**{**SCALED, "scaled": "page", "C": 256}, heads=4, kv_heads=2, lens=(90, 20), page=32, q_scale="tensor"),
+    Case(**{**SCALED, "q_dtype": "fp16", "R": 0, "C": 256}, heads=16, lens=(100, 1), cp=(1, 2), kv_view="padded"),
+    Case(**{**SCALED, "kv_dtype": "fp8_e4m3fnuz"}, kv_3d=True, kv_view="odd", batch_invariant=True, lens=(130, 60, 0)),
+    Case(**SCALED, heads=20, lens=(100, 1, 0, 3), q_len=2, causal=False),
 )
 
 
@@ -536,6 +593,14 @@ _SPECIALISATIONS: tuple[dict[str, Any], ...] = (
     {"heads": 16, **FP8_BOTH, "q_scale": "tensor", "kv_scale": "tensor"},
     {"heads": 128, **FP8_BOTH, "q_scale": "float", "kv_scale": "float"},
     {"heads": 16, **FP8_BOTH, "q_len": 4, "page": 16, "out_dtype": "fp16"},
+    # scales of 128 columns
+    *({"heads": n, **FP8, "scaled": "buffers"} for n in (1, 16, 64, 128)),
+    {"heads": 128, **FP8, "scaled": "buffers", "q_len": 2, "page": 16},
+    {"heads": 40, **FP8, "scaled": "token", "C": 256, "R": 32, "q_len": 3, "page": 7},
+    {"heads": 16, **FP8, "scaled": "buffers", "page": 1, "csr": True, "q_dtype": "fp16"},
+    {"heads": 20, **FP8, "scaled": "page", "C": 384, "ragged": True, "cap": 20.0},
+    {"heads": 64, **FP8, "scaled": "buffers", "R": 0, "kv_heads": 2, "batch_invariant": True},
+    {"heads": 12, "q_dtype": "bf16", "kv_dtype": "fp8_e4m3fnuz", "scaled": "page", "cp": (1, 3), "q_len": 2},
     # paging
     {"heads": 16, "csr": True, "page": 1},
     {"heads": 128, "csr": True, "page": 16},
@@ -597,6 +662,8 @@ def _gpu() -> tuple[Case, ...]:
                 fixed |= {"max_q_len": 4, "q_tail": j}
             if fixed.get("kv_heads", 1) > 1:
                 shape.pop("kv_3d", None)
+            if "scaled" in fixed:
+                shape.pop("kv_split", None)
             if fixed.get("lse") is False or "batch_invariant" in fixed:
                 shape.pop("num_kv_splits", None)
             found.append(Case(**{**shape, **fixed}))

@@ -70,7 +70,7 @@ def decode(
     }
 
     binding = Binding({**inputs.binding.numbers, **variant.numbers(problem, target, config)}, inputs.binding.views)
-    bf16 = "bf16" in (problem.q_dtype, problem.kv_dtype)
+    bf16 = problem.scaled or "bf16" in (problem.q_dtype, problem.kv_dtype)  # weights times scales are bf16
     constants = {"COMPUTE": "tl:float32", "QK_NATIVE": False} if bf16 else {}
     bound = interpreter.bind(
         variant.sources(problem, target, config), variant.launches(problem, target, config), binding, constants

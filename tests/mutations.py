@@ -133,6 +133,29 @@ MUTATIONS = (
         "the sink in the LSE", "(shift + tl.log2(total)) * lse_mul", "(shift + tl.log2(denominator)) * lse_mul", "sinks"
     ),
     Mutation("V without its scale", "v_scale *= kv_scale", "v_scale *= 1.0", "kvscaletensor"),
+    # scales of 128 columns
+    Mutation("the scale of the first group for all", "tl.load(p_scale + g)", "tl.load(p_scale)", "scaled"),
+    Mutation(
+        "the scale of the first token for all",
+        "p_scale = scales_ptr + page * scales_stride_page + row * scales_stride_tok",
+        "p_scale = scales_ptr + page * scales_stride_page + 0 * row * scales_stride_tok",
+        "c128r16-p16-q1-kv100x37-bf16xfp8_e4m3-outdtypefp32-scaled",
+    ),
+    Mutation("K without its scales", "DECODE, COMPUTE))) * scales[g][None, :]", "DECODE, COMPUTE)))", "scaled"),
+    Mutation("V without its scales", "(p * scales[g][None, :]).to(WEIGHTS)", "p.to(WEIGHTS)", "scaled"),
+    Mutation(
+        "scales of unused slots read",
+        "tl.load(p_scale + g, mask=filled, other=0.0)",
+        "tl.load(p_scale + g)",
+        "h4over2-c256r16-p32",
+    ),
+    Mutation(
+        "scales of another KV head",
+        "scales_ptr += kvh.to(tl.int64)",
+        "scales_ptr += 0 * kvh.to(tl.int64)",
+        "h4over2-c256r16-p32",
+    ),
+    Mutation("a group of the result twice", "(acc[g] * scale[:, None])", "(acc[0] * scale[:, None])", "c256r32-p7"),
     Mutation("the cap after the scale left out", "if CAP:", "if CAP and R < 0:", "cap15"),
 )
 

@@ -19,6 +19,7 @@ from mla_jit import dtypes, plan
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
 from mla_jit.launch.base import Binding, Bound
+from mla_jit.layouts import LAYOUTS
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
@@ -242,22 +243,18 @@ class DecodeStand(Stand):
         from mla_jit.tuning import bench
 
         self.problem, self.device, self.on_gpu = p, device, on_gpu = problem, device, device.startswith("cuda")
-        self._ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[DTYPES[p.kv_dtype].bytes]
         self._cases = lengths(p, 1 << 18 if on_gpu else 1 << 11)
         timed = timed_lengths(p)
         set_pages = self._pages(timed)
         width = p.num_kv_heads * p.head_dim
         rotate = bench.ROTATE_BYTES if on_gpu else 4 * where.l2_bytes
-        sets = -(-rotate // (set_pages * p.page_size * width * DTYPES[p.kv_dtype].bytes))
+        sets = -(-rotate // (set_pages * p.page_size * p.token_bytes))
         sets = min(bench.MOST_SETS, max(1, sets))
         check_pages = max(map(self._pages, self._cases)) + 1  # one page is never used
 
-        random_bits = torch.Generator(device).manual_seed(0)
-        shape = (max(check_pages, sets * set_pages), p.page_size, p.num_kv_heads, p.head_dim)
-        data = torch.empty(shape, dtype=getattr(torch, DTYPES[p.kv_dtype].torch), device=device)
-        for chunk in data.split(max(1, (1 << 27) // (p.page_size * width))):
-            chunk.copy_(torch.randn(chunk.shape, device=device, generator=random_bits))
-        order = torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))
+        pages = max(check_pages, sets * set_pages)
+        buffers = self._cache(pages, max(1, (1 << 27) // (p.page_size * width)))
+        order = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
 
         small = dataclasses.replace(p, max_kv_len=1, total_kv=None, layout="joint", q_split=False)
         call = trial.make_call(small, device)  # everything but the cache and its pages
@@ -270,13 +267,12 @@ class DecodeStand(Stand):
             self._call["qo_indptr"] = self._call["qo_indptr"].long()
 
         self._sets = []
-        buffers = self._parted(data, p.layout == "split")
         for i in range(sets):
             paging = self._paging(timed, order[i * set_pages : (i + 1) * set_pages], set_pages)
             q = self._parted(call.q.clone() if i else call.q, p.q_split)
             self._sets.append(self._inputs(q, buffers, paging))
 
-        self._data = self._parted(data[:check_pages], p.layout == "split")
+        self._data = [buffer[:check_pages] for buffer in buffers]
         self._kv = [part.clone() for part in self._data]
         self._laid: list[tuple[dict[str, Any], Any]] = []  # by case: the index tensors, and which slots hold tokens
         for number, lens in enumerate(self._cases):
@@ -289,6 +285,28 @@ class DecodeStand(Stand):
 
     def _pages(self, lens: Sequence[int]) -> int:
         return sum(-(-n // self.problem.page_size) for n in lens)
+
+    def _cache(self, pages: int, chunk_pages: int) -> list[Any]:
+        """The cache's buffers, of random values, made so many pages at a time."""
+        import torch
+
+        from mla_jit import trial
+
+        p, random_bits = self.problem, torch.Generator(self.device).manual_seed(0)
+        row, lead = LAYOUTS[p.layout], (p.page_size, p.num_kv_heads)
+        kinds = [getattr(torch, DTYPES[name].torch) for name in row.dtypes(p.kv_dtype, p.q_dtype)]
+        widths = row.widths(p.kv_lora_rank, p.rope_dim)
+        buffers = [
+            torch.empty((pages, *lead, w), dtype=kind, device=self.device)
+            for w, kind in zip(widths, kinds, strict=True)
+        ]
+        for first in range(0, pages, chunk_pages):
+            some = [buffer[first : first + chunk_pages] for buffer in buffers]
+            tokens = torch.randn((len(some[0]), *lead, p.head_dim), device=self.device, generator=random_bits)
+            parts = trial.scaled_cache(p, tokens) if p.scaled else tokens.split(widths, -1)
+            for buffer, part in zip(some, parts, strict=True):
+                buffer.copy_(part)
+        return buffers
 
     def _parted(self, x: Any, split: bool) -> list[Any]:
         """[x], or its latent and rope parts."""
@@ -356,8 +374,9 @@ class DecodeStand(Stand):
         for name, tensor in index.items():
             self._index[name].copy_(tensor)
         for part, data in zip(self._kv, self._data, strict=True):
-            nan = torch.full((), math.nan, device=self.device).to(data.dtype).view(self._ints)
-            part.view(self._ints).copy_(torch.where(used, data.view(self._ints), nan))
+            ints = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[data.element_size()]
+            nan = torch.full((), math.nan, device=self.device).to(data.dtype).view(ints)
+            part.view(ints).copy_(torch.where(used, data.view(ints), nan))
         for name in ("out", "lse"):
             if name in self._call:
                 self._call[name].fill_(math.nan)

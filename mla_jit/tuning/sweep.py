@@ -54,7 +54,7 @@ def shapes(
     wanted: Iterable[tuple[models.Model, int]], target: Target, *, dtypes: Sequence[str] | None = None,
     batches: Sequence[int] = (1, 4, 16, 64, 128), kv_lens: Sequence[int] = (1024, 4096, 16384, 65536),
     q_lens: Sequence[int] = (1,), page_size: int = 64, lengths: Sequence[str] = ("even",),
-    memory_bytes: int | None = None,
+    layout: str = "joint", memory_bytes: int | None = None,
 ) -> list[DecodeProblem]:  # fmt: skip
     """The decodes of (model, tensor-parallel ranks) pairs, each once: models with the same heads and dims share them.
 
@@ -62,14 +62,15 @@ def shapes(
     to it; "one-long", one as long and the others of 128 tokens. The uneven ones are told by total_kv, rounded as a
     call's is, and by mix; one whose rounded total is that of even lengths is left out.
     Left out: lengths beyond a model's context, and caches larger than memory_bytes. Those that share kernels follow
-    each other. InvalidInput for an unknown distribution.
+    each other. layout: the cache's; of the dtypes those count that it can have. InvalidInput for an unknown
+    distribution or layout.
     """
     if unknown := set(lengths) - set(LENGTHS):
         raise InvalidInput(f"lengths {', '.join(sorted(unknown))}: unknown; use {', '.join(LENGTHS)}")
     found: dict[DecodeProblem, None] = {}
     for model, tp in wanted:
-        for dtype in dtypes if dtypes is not None else model.dtypes:
-            q, cache = models.dtypes_on(dtype, target)
+        pairs = [models.dtypes_on(name, target) for name in (dtypes if dtypes is not None else model.dtypes)]
+        for _, q, cache in models.laid_out(layout, pairs):
             for q_len, batch, kv_len, how in itertools.product(q_lens, batches, kv_lens, lengths):
                 mix = how if how in MIXES else MIXES[0]
                 total = None if how == "even" else _total(batch, kv_len, mix)
@@ -78,8 +79,8 @@ def shapes(
                 problem = DecodeProblem(
                     num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim,
                     q_dtype=q, kv_dtype=cache, out_dtype="bf16" if DTYPES[q].bits == 8 else q,
-                    page_size=page_size, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len), total_kv=total,
-                    hinted=True, mix=mix,
+                    page_size=page_size, layout=layout, batch=batch, q_len=q_len, max_kv_len=bucket(kv_len),
+                    total_kv=total, hinted=True, mix=mix,
                 )  # fmt: skip
                 if kv_len <= model.max_kv_len and problem.data_bytes <= (memory_bytes or 1 << 62):
                     found[problem] = None

@@ -23,6 +23,7 @@ from mla_jit.ops.decode.inputs import decode_inputs
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 BF16 = cases.PLAIN
+SCALED = {**BF16, **cases.FP8, "scaled": "buffers"}
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 _figures: dict[str, list[tuple[cases.Figures, str]]] = {}
@@ -77,7 +78,8 @@ def leave_nan(*sizes: int) -> None:
 
 def judge(call: cases.Call, result: Result) -> cases.Figures:
     figures = cases.check(call, *result)
-    _figures.setdefault(f"{call.case.q_dtype} x {call.case.kv_dtype}", []).append((figures, call.case.id))
+    types = f"{call.case.q_dtype} x {call.case.kv_dtype}{' scaled' if call.case.scaled else ''}"
+    _figures.setdefault(types, []).append((figures, call.case.id))
     return figures
 
 
@@ -106,6 +108,7 @@ FAR = (
     cases.Case(heads=16, lens=(900, 64), far=True, spare_pages=2**31 // (64 * 512) + 9, kv_split=True, **BF16),
     cases.Case(heads=16, lens=(900, 64), far=True, spare_pages=2**31 // (64 * 576) + 9, **{**BF16, **cases.FP8}),
     cases.Case(heads=128, lens=(900, 64, 2000), far=True, spare_pages=2**31 // (64 * 576) + 9, **BF16),
+    cases.Case(heads=16, lens=(900, 64), far=True, spare_pages=2**31 // (64 * 512) + 9, **SCALED),
 )
 
 
@@ -113,7 +116,7 @@ FAR = (
 def test_offsets_beyond_31_bits(far: cases.Case) -> None:
     """Every page in use lies behind 2^31 elements of NaN."""
     call = cases.build(far, DEVICE)
-    buffer = call.kv_cache[0] if far.kv_split else call.kv_cache
+    buffer = call.kv_cache[0] if far.kv_split or far.scaled else call.kv_cache
     assert buffer.numel() > 2**31
     judge(call, decode(call))
 
@@ -123,6 +126,7 @@ SAME = (
     cases.Case(heads=128, lens=(5000,), **BF16),
     cases.Case(heads=16, lens=(5000, 5), q_len=4, **{**BF16, "page": 1}),
     cases.Case(heads=16, lens=(3000, 31), **{**BF16, **cases.FP8}),
+    cases.Case(heads=64, lens=(3000, 31), **SCALED),
 )
 
 
@@ -204,10 +208,12 @@ def fitted(case: cases.Case, lens: tuple[int, ...]) -> cases.Case:
 def refill(call: cases.Call, other: cases.Call) -> cases.Call:
     """Puts another call's data where a graph reads them; the other call, to judge by."""
     call.q.copy_(other.q)
-    if call.kv_cache.element_size() == 1:
-        call.kv_cache.view(torch.uint8).copy_(other.kv_cache.view(torch.uint8))
-    else:
-        call.kv_cache.copy_(other.kv_cache)
+    caches = [c if isinstance(c, tuple) else (c,) for c in (call.kv_cache, other.kv_cache)]
+    for mine, theirs in zip(*caches, strict=True):
+        if mine.element_size() == 1:
+            mine.view(torch.uint8).copy_(theirs.view(torch.uint8))
+        else:
+            mine.copy_(theirs)
     for name in ("block_table", "seq_lens"):
         call.kwargs[name].copy_(other.kwargs[name])
     call.poison()
@@ -228,6 +234,7 @@ CAPTURED = (
     cases.Case(heads=128, lens=(4096,) * 5, out_view="", q_len=2, **BF16),
     cases.Case(heads=16, lens=(8192,), out_view="", **{**BF16, "page": 1}),
     cases.Case(heads=16, lens=(4096,) * 3, num_kv_splits=8, out_view="", **{**BF16, **cases.FP8}),
+    cases.Case(heads=128, lens=(4096,) * 5, out_view="", **SCALED),
 )
 
 

@@ -31,7 +31,7 @@ PROBLEMS = {
     "heads": [(16, 1), (128, 1), (1, 1), (12, 1), (40, 1), (32, 2)],  # (query, KV)
     "page_size": [64, 1, 7, 16],
     "q_len": [1, 2, 3],
-    "dims": [(512, 64), (256, 32), (96, 0)],
+    "dims": [(512, 64), (256, 32), (96, 0), (384, 0)],
     "paging": ["table", "csr", "csr+lens"],
     "splits": [None, 1, 8, 300],
     "misaligned": [(), ("q",), ("kv",), ("q", "kv", "out")],
@@ -44,6 +44,7 @@ PROBLEMS = {
     "ragged": [False, True],
     "index64": [False, True],
     "split_operands": [False, True],
+    "scaled": [False, True],  # a cache (ckv, kv_scales, kpe)
     "flat_pages": [True, False],
 }
 KNOBS = {  # of stage 1
@@ -52,6 +53,7 @@ KNOBS = {  # of stage 1
     "heads": [(16, 1), (32, 1), (128, 1)],
     "page_size": [64, 1],
     "dims": [(512, 64), (256, 32)],
+    "scaled": [False, True],
     **{name: list(values) for name, values in splitk.SPACE.items() if not name.startswith("combine_")},
 }
 COMBINE = {
@@ -110,20 +112,30 @@ def fields_of(row: Row) -> Row:
         "paging": paging.partition("+")[0],
         "has_lens": paging != "csr", "num_kv_splits": row.get("splits"), "batch": 3, "max_kv_len": 8192,
         "q_scale": row.get("scales", False) and q.startswith("fp8"), "kv_scale": row.get("scales", False),
-        "layout": "split" if row.get("split_operands") else "joint", "q_split": bool(row.get("split_operands")),
+        "layout": "three" if row.get("scaled") else "split" if row.get("split_operands") else "joint",
+        "q_split": bool(row.get("split_operands")),
         "index64": ("table", "lens", "kv_indptr", "last", "qo_indptr") if row.get("index64") else (),
     }  # fmt: skip
 
 
 def allowed_problem(row: Row) -> bool:
-    """Context parallelism needs global lengths, and does not go with sinks (`DecodeProblem` says why)."""
+    """Context parallelism needs global lengths, and does not go with sinks (`DecodeProblem` says why).
+
+    A cache with scales is fp8 beside q in 16 bits, has no other scale, and groups of 128 columns.
+    """
+    if row.get("scaled"):
+        q, kv = row.get("dtypes", ("bf16", "fp8_e4m3"))
+        if q.startswith("fp8") or not kv.startswith("fp8") or row.get("scales") or row.get("dims", (512, 64))[0] % 128:
+            return False
     return not (row.get("context_parallel") and (row.get("sinks") or row.get("paging") == "csr"))
 
 
 def allowed_knobs(row: Row) -> bool:
     """What the variant's predicate accepts, as far as it can be told from some of the values."""
     there = targets.by_name(row.get("target", "sm_90"))
-    wide = row.get("dtypes", "bf16") == "bf16"
+    if row.get("scaled") and row.get("dtypes", "fp8") != "fp8":
+        return False
+    wide = row.get("dtypes", "bf16") == "bf16" and not row.get("scaled")
     if (row.get("swap") and not wide) or (row.get("pdl") and not there.has("pdl")):
         return False
     whole = row.get("page_size", 64) % row.get("block_n", 16) == 0 and row.get("dims", (512, 64))[1] >= 64
@@ -145,7 +157,8 @@ def knobs_of(row: Row) -> Row:
 
 def name_of(row: Row) -> str:
     q, kv = dtypes_of(row)
-    return f"{row['target']}-{q}x{kv}-h{row['heads'][0]}-p{row['page_size']}"
+    scaled = "-scaled" if row.get("scaled") else ""
+    return f"{row['target']}-{q}x{kv}-h{row['heads'][0]}-p{row['page_size']}{scaled}"
 
 
 PROBLEM_ROWS = covering.pairwise(PROBLEMS, allowed_problem)

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 import mla_jit
+from mla_jit import trial
 from mla_jit.config import Config
+from mla_jit.errors import InvalidInput
 from mla_jit.ops.decode import blocked_cpu
 from mla_jit.ops.decode.inputs import decode_inputs
+from mla_jit.problem import DecodeProblem
 from mla_jit.target import by_name
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -154,6 +157,42 @@ def test_an_empty_call_gives_empty_results(shape: str) -> None:
     assert out.numel() == 0
     assert lse is not None
     assert lse.numel() == 0
+
+
+@pytest.mark.parametrize("q_len", [1, 3])
+def test_a_random_call_with_scales_is_right_by_every_way(q_len: int) -> None:
+    """What the tuner and the reports time: one call, planned, by a shared list, and as a chunk of a prompt."""
+    problem = DecodeProblem(
+        num_heads=4, kv_lora_rank=256, rope_dim=32, kv_dtype="fp8_e4m3", layout="three", page_size=7, batch=3,
+        q_len=q_len, max_kv_len=64,
+    )  # fmt: skip
+    call = trial.make_call(problem, "cpu")
+    assert call.kv_cache[1].isnan().any()
+    given = decode_inputs(call.q, call.kv_cache, **call.keywords).problem
+    assert (given.layout, given.kv_dtype, given.rope_dtype) == ("three", "fp8_e4m3", "bf16")
+    for run in (mla_jit.decode, mla_jit.prefill_paged):
+        assert trial.judge(call, *run(call.q, call.kv_cache, **call.keywords)).ok
+    plan = mla_jit.decode_plan(call.q, call.kv_cache, **call.keywords)
+    assert trial.judge(call, *plan.run(call.q, call.kv_cache)).ok
+    with pytest.raises(InvalidInput, match="differ from the plan's"):
+        plan.run(call.q, (*call.kv_cache[:2], call.kv_cache[2].float()))
+    metadata = mla_jit.decode_metadata(call.q, call.kv_cache, **call.keywords)
+    assert trial.judge(call, *mla_jit.decode(call.q, call.kv_cache, metadata=metadata, **call.keywords)).ok
+
+
+def test_a_cache_without_kpe_is_not_taken_for_its_latent() -> None:
+    """Calls are remembered by what they pass: a latent alone, and the same one beside scales or beside nothing."""
+    call = cases.build(cases.Case(**{**cases.SCALED, "R": 0}))
+    latent, scales, _ = call.kv_cache
+    out, lse = decode(call)
+    cases.check(call, out, lse)
+    plain, _ = mla_jit.decode(call.q, latent, **call.kwargs)
+    assert not torch.equal(plain, out)
+    with pytest.raises(InvalidInput, match="kv_scales is None"):
+        mla_jit.decode(call.q, (latent, None, None), **call.kwargs)
+    empty = latent.new_empty((*latent.shape[:-1], 0), dtype=torch.bfloat16)
+    same, _ = mla_jit.decode(call.q, (latent, scales, empty), **call.kwargs)
+    assert torch.equal(same, out)
 
 
 def test_a_long_sequence_of_a_real_model() -> None:

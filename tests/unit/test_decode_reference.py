@@ -45,8 +45,13 @@ def naive(call: cases.Call) -> tuple[np.ndarray, np.ndarray]:
     case, kw = call.case, call.kwargs
     q_parts = call.q if case.q_split else (call.q,)
     q = np.concatenate([_numpy(part).reshape(-1, case.heads, part.shape[-1]) for part in q_parts], -1)
-    caches = [_numpy(c) for c in (call.kv_cache if case.kv_split else (call.kv_cache,))]
+    caches = [
+        _numpy(c) for c in (call.kv_cache if isinstance(call.kv_cache, tuple) else (call.kv_cache,)) if c is not None
+    ]
     caches = [c[:, :, None, :] if c.ndim == 3 else c for c in caches]
+    if case.scaled:
+        latent, scales, *rope = caches
+        caches = [latent * np.repeat(scales, 128, -1), *rope]
     k_factor, q_factor = (float(1.0 if kw[name] is None else kw[name]) for name in ("kv_scale", "q_scale"))
     out, lse = np.zeros((len(q), case.heads, case.C)), np.full((len(q), case.heads), -np.inf)
     token = 0

@@ -39,6 +39,18 @@ def _merged(good: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scaled(
+    latent: torch.Tensor | None = None, scales: torch.Tensor | str | None = "", kpe: torch.Tensor | str | None = "",
+    **changes: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A good padded call of batch 2 whose cache is (ckv, kv_scales, kpe), with some arguments changed."""
+    cache = (
+        LATENT if latent is None else latent, torch.ones(8, 16, 1, 1) if isinstance(scales, str) else scales,
+        half(8, 16, 1, 16) if isinstance(kpe, str) else kpe,
+    )  # fmt: skip
+    return arguments(**{"q": half(2, 4, 144), "kv_cache": cache, "kv_lora_rank": 128, **changes})
+
+
 def half(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.bfloat16)
 
@@ -48,6 +60,7 @@ def ints(*values: int) -> torch.Tensor:
 
 
 CACHE = half(8, 16, 1, 80)
+LATENT = half(8, 16, 1, 128).to(torch.float8_e4m3fn)
 Q = half(2, 4, 80)
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -90,9 +103,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         arguments(kv_cache=torch.zeros(8, 16, 1, 80, dtype=torch.int32)),
         r"^kv_cache has dtype torch.int32",
     ),
-    "cache of three parts": (
-        arguments(kv_cache=(CACHE, CACHE, CACHE)),
-        r"^(q, )?kv_cache\b.*(tuple of 3|pairs of tensors)",
+    "cache of four parts": (
+        arguments(kv_cache=(CACHE, CACHE, CACHE, CACHE)),
+        r"^(q, )?kv_cache\b.*(tuple of 4|pairs of tensors)",
     ),
     "ckv of another width": (
         arguments(kv_cache=(half(8, 16, 1, 72), half(8, 16, 1, 8))),
@@ -111,6 +124,52 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         r"^4 query heads cannot be shared by 3 KV heads",
     ),
     "kv_lora_rank too small": (arguments(kv_lora_rank=8), r"^kv_lora_rank is 8; the least is 16"),
+    # a cache with scales
+    "ckv with scales in bf16": (scaled(half(8, 16, 1, 128)), r"^ckv is bf16; beside kv_scales it must be fp8 e4m3"),
+    "ckv with scales of another width": (
+        scaled(LATENT[..., :64]),
+        r"^ckv is 64 wide, kv_lora_rank is 128",
+    ),
+    "scales left out": (scaled(scales=None), r"^kv_scales is None; kv_cache must be tensors"),
+    "scales and kpe left out": (scaled(scales=None, kpe=None), r"^kv_scales is None; kv_cache must be tensors"),
+    "scales in bf16": (scaled(scales=half(8, 16, 1, 1)), r"^kv_scales is torch.bfloat16, 1 wide; it must be float32"),
+    "scales of every column": (
+        scaled(scales=torch.ones(8, 16, 1, 128)),
+        r"^kv_scales is torch.float32, 128 wide; it must be float32 and 1 wide, a scale for 128 columns",
+    ),
+    "scales of two dimensions": (scaled(scales=torch.ones(8, 1)), r"^kv_scales has shape \(8, 1\); it must be"),
+    "scales of other pages": (
+        scaled(scales=torch.ones(7, 16, 1, 1)),
+        r"^ckv \(8, 16, 1, 128\) and kv_scales \(7, 16, 1, 1\) differ",
+    ),
+    "scales strided": (
+        scaled(LATENT.repeat(1, 1, 1, 2), torch.ones(8, 16, 1, 4)[..., ::2], q=half(2, 4, 272), kv_lora_rank=256),
+        r"^kv_scales has stride 2 in its last dimension",
+    ),
+    "kpe of other pages than scales": (
+        scaled(kpe=half(7, 16, 1, 16)),
+        r"^ckv \(8, 16, 1, 128\) and kpe \(7, 16, 1, 16\) differ",
+    ),
+    "kpe beside scales in another dtype": (
+        scaled(kpe=half(8, 16, 1, 16).half()),
+        r"^kpe is torch.float16, q is torch.bfloat16; they must be the same",
+    ),
+    "q in fp8 with scales": (
+        scaled(kpe=None, q=half(2, 4, 128).to(torch.float8_e4m3fn)),
+        r"^q is fp8_e4m3; with kv_scales it must be bf16 or fp16",
+    ),
+    "q wider than a cache without kpe": (scaled(kpe=None), r"^q has 144 elements a head"),
+    "kv_lora_rank of no whole groups": (
+        scaled(
+            LATENT[..., :96].contiguous(),
+            torch.ones(8, 16, 1, 1),
+            q=half(2, 4, 112),
+            kv_lora_rank=96,
+        ),
+        r"^kv_lora_rank is 96; kv_scales has one scale for 128 columns",
+    ),
+    "kv_scale beside scales": (scaled(kv_scale=0.5), r"^kv_scale is given beside kv_scales"),
+    "kv_scale tensor beside scales": (scaled(kv_scale=torch.ones(1)), r"^kv_scale is given beside kv_scales"),
     # scalars
     "sm_scale zero": (arguments(sm_scale=0.0), r"^sm_scale is 0.0; it must be a positive float"),
     "sm_scale nan": (arguments(sm_scale=float("nan")), r"^sm_scale is nan"),
@@ -225,6 +284,10 @@ def test_an_extra_on_another_device_is_refused_by_name(name: str, value: torch.T
 def test_half_of_a_pair_on_another_device_is_refused_by_name() -> None:
     with pytest.raises(InvalidInput, match=r"^kpe is on meta"):
         mla_jit.decode(**arguments(kv_cache=(half(8, 16, 1, 64), half(8, 16, 1, 16).to("meta"))))
+    with pytest.raises(InvalidInput, match=r"^kv_scales is on meta"):
+        mla_jit.decode(**scaled(scales=torch.ones(8, 16, 1, 1, device="meta")))
+    with pytest.raises(InvalidInput, match=r"^kpe is on meta"):
+        mla_jit.decode(**scaled(kpe=half(8, 16, 1, 16).to("meta")))
     with pytest.raises(InvalidInput, match=r"^q_pe is on meta"):
         mla_jit.decode(**arguments(q=(half(2, 4, 64), half(2, 4, 16).to("meta"))))
 
@@ -252,6 +315,53 @@ def test_a_problem_made_by_hand_is_checked_too(field: str) -> None:
     value, message = PROBLEM[field]
     with pytest.raises(InvalidInput, match=message):
         DecodeProblem(**{"num_heads": 16, field: value})
+
+
+SCALED: dict[str, tuple[dict[str, Any], str]] = {
+    "a cache in bf16": ({"kv_dtype": "bf16"}, "^ckv is bf16"),
+    "q in fp8": ({"q_dtype": "fp8_e4m3"}, "^q is fp8_e4m3"),
+    "no whole groups": ({"kv_lora_rank": 500}, "^kv_lora_rank is 500; kv_scales has one scale for 128 columns"),
+    "kv_scale": ({"kv_scale": True}, "^kv_scale is given beside kv_scales"),
+}
+
+
+@pytest.mark.parametrize("what", SCALED)
+def test_a_problem_with_scales_is_checked_too(what: str) -> None:
+    fields, message = SCALED[what]
+    with pytest.raises(InvalidInput, match=message):
+        DecodeProblem(**{"num_heads": 16, "layout": "three", "kv_dtype": "fp8_e4m3", **fields})
+
+
+def test_a_problem_with_scales_describes_its_call() -> None:
+    call = cases.build(cases.Case(**{**cases.SCALED, "C": 256}, page=7, kv_heads=2))
+    inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
+    problem = inputs.problem
+    assert (problem.layout, problem.q_dtype, problem.kv_dtype, problem.rope_dtype) == (
+        "three", "bf16", "fp8_e4m3", "bf16",
+    )  # fmt: skip
+    assert (problem.kv_lora_rank, problem.rope_dim, problem.kv_scale, problem.misaligned) == (256, 16, False, ())
+    assert problem.token_bytes == 2 * (256 + 2 * 4 + 16 * 2)
+    assert inputs.tensors["scales"] is call.kv_cache[1]
+    assert {k: v for k, v in inputs.numbers.items() if k.startswith("scales")} == {
+        "scales_stride_page": 7 * 2 * 2, "scales_stride_tok": 2 * 2, "scales_stride_head": 2,
+    }  # fmt: skip
+    assert "bf16×fp8_e4m3 scaled" in str(problem)
+    plain = DecodeProblem(num_heads=4, kv_dtype="fp8_e4m3")
+    assert "scaled" not in f"{plain} {plain.kind} {plain.label}"
+    assert plain.token_bytes == 576
+
+
+@pytest.mark.parametrize("target_name", ["sm_80", "sm_90", "gfx942", "gfx950", "cpu"])
+def test_a_cache_with_scales_is_served_or_refused_with_the_reason(target_name: str) -> None:
+    fields = {"num_heads": 16, "layout": "three", "kv_dtype": "fp8_e4m3"}
+    found = mla_jit.supports(on=target_name, **fields)
+    assert found.variant == ("decode_blocked_cpu" if target_name == "cpu" else "decode_splitk_triton")
+    walked = mla_jit.supports(on=target_name, scheduler="persistent", **fields)
+    assert walked.variant == ("decode_blocked_cpu" if target_name == "cpu" else "decode_persistent_triton")
+    if target_name == "sm_90":
+        for name in ("decode_splitk_asm", "decode_narrow_asm", "decode_splitk_gluon"):
+            assert "a cache with scales is dequantised in registers" in found.reasons[name]
+        assert "a cache with scales is dequantised in registers" in walked.reasons["decode_persistent_gluon"]
 
 
 def test_a_problem_describes_its_call() -> None:

@@ -18,6 +18,7 @@ from mla_jit.compile import cache
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CacheMiss, InvalidInput
 from mla_jit.problem import DecodeProblem, bucket
+from mla_jit.tuning import sweep
 
 README = Path(__file__).parents[2] / "README.md"
 CELLS = support.matrix()
@@ -164,11 +165,12 @@ def _random_call(rng: random.Random, model: models.Model, there: target.Target, 
     """A call that serving the model may make: any batch, any lengths, any of the ways to pass it."""
     q, kv = models.dtypes_on(rng.choice(model.dtypes), there)
     paging, scaled = rng.choice(["table", "csr"]), DTYPES[kv].bits == 8 and rng.random() < 0.5
+    layouts = ["joint", "split"] + (["three"] if DTYPES[kv].bits == 8 < DTYPES[q].bits and not scaled else [])
     return DecodeProblem(
         num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q,
         kv_dtype=kv, page_size=rng.choice([1, 64]), q_len=rng.choice([1, 2]), paging=paging, has_lens=paging == "table",
         lse=rng.random() < 0.5, ragged=rng.random() < 0.5, kv_scale=scaled, batch=rng.randint(1, ahead.MAX_BATCH),
-        q_split=rng.random() < 0.5, layout=rng.choice(["joint", "split"]),
+        q_split=rng.random() < 0.5, layout=rng.choice(layouts),
         max_kv_len=bucket(rng.randint(1, rng.choice([256, 8192, model.max_kv_len]))),
         total_kv=rng.choice([None, 4096]),
     )  # fmt: skip
@@ -177,13 +179,30 @@ def _random_call(rng: random.Random, model: models.Model, there: target.Target, 
 @pytest.mark.parametrize(("name", "tp"), [("sm_90", 1), ("sm_90", 8), ("gfx942", 8)])
 def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp):
     there, model, rng = target.by_name(name), models.by_name("deepseek-v3"), random.Random(0)
-    kinds = models.decode_problems(model, there, tp=tp, page_sizes=(1, 64))
+    kinds = models.decode_problems(model, there, tp=tp, page_sizes=(1, 64), layouts=("joint", "three"))
     ready = {job.source.key for job in ahead.jobs_of(ahead.of_any_size(kinds, there), there).jobs}
     for _ in range(400):
         problem = _random_call(rng, model, there, tp)
         choice = plan.choose(problem, there)
         for source in choice.variant.sources(problem, there, choice.config):
             assert source.key in ready, f"{source.name} of {problem}"
+
+
+def test_a_layout_with_scales_is_for_fp8_beside_16_bits():
+    """Of these dtypes the others are left out; kv_scale is none of its calls'."""
+    there, model = target.by_name("sm_90"), models.by_name("deepseek-v3")
+    kinds = list(models.decode_problems(model, there, dtypes=("bf16", "fp8", "fp8xfp8"), layouts=("three",)))
+    assert {(p.layout, p.q_dtype, p.kv_dtype, p.kv_scale) for p in kinds} == {("three", "bf16", "fp8_e4m3", False)}
+    assert len(kinds) == len(set(kinds))
+    assert all(
+        p.q_scale for p in models.decode_problems(model, there, dtypes=("fp8",), layouts=("three",), scales="all")
+    )
+    with pytest.raises(InvalidInput, match="layout 'three' needs an fp8 cache and q in 16 bits"):
+        next(models.decode_problems(model, there, dtypes=("bf16",), layouts=("three",)))
+    with pytest.raises(InvalidInput, match="layout 'four' is unknown; use joint, split, three"):
+        next(models.decode_problems(model, there, layouts=("four",)))
+    shapes = sweep.shapes([(model, 8)], there, dtypes=("bf16", "fp8"), layout="three", batches=(1,), kv_lens=(4096,))
+    assert [(p.layout, p.kv_dtype, p.num_heads) for p in shapes] == [("three", "fp8_e4m3", 16)]
 
 
 @pytest.mark.parametrize("name", ["sm_90", "gfx950"])

@@ -30,6 +30,8 @@ CASES = (
     Case(q_dtype="bf16", kv_dtype="fp8_e4m3", kv_scale="tensor", q_scale="float", cap=20.0, num_kv_splits=2),
     Case(cp=(1, 2), lens=(100, 33), lse_base="2", kv_3d=True, hint=True),
     Case(q_dtype="fp8_e4m3", kv_dtype="fp8_e4m3", q_len=2, batch_invariant=True, causal=False),
+    Case(**cases.SCALED, q_len=2),
+    Case(**{**cases.SCALED, "R": 0}, q_lens=(1, 3), lens=(40, 9)),
 )
 by_id = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -37,7 +39,8 @@ backends = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 
 def operands(call: Call) -> tuple[Any, ...]:
     """(q, q_pe, kv_cache, kpe) as the operators take them."""
-    pairs = (x if isinstance(x, tuple) else (x, None) for x in (call.q, call.kv_cache))
+    cache = call.kv_cache[::2] if call.case.scaled else call.kv_cache
+    pairs = (x if isinstance(x, tuple) else (x, None) for x in (call.q, cache))
     return tuple(part for pair in pairs for part in pair)
 
 
@@ -47,7 +50,7 @@ def keywords(call: Call) -> dict[str, Any]:
     for name in ("q_scale", "kv_scale"):
         if isinstance(kwargs[name], float):
             kwargs[f"{name}_value"] = kwargs.pop(name)
-    return kwargs
+    return kwargs | ({"kv_scales": call.kv_cache[1]} if call.case.scaled else {})
 
 
 def results(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +76,7 @@ def test_the_schemas_have_every_keyword_of_decode(name: str) -> None:
     schema = getattr(torch.ops.mla_jit, name).default._schema
     have = {a.name: a for a in schema.arguments}
     want = set(inspect.signature(api.decode).parameters) - {"return_lse", "metadata"}
-    want |= {"q_pe", "kpe", "q_scale_value", "kv_scale_value"}
+    want |= {"q_pe", "kpe", "kv_scales", "q_scale_value", "kv_scale_value"}
     want -= {"out", "lse", "workspace"} if name == "decode" else {"out_dtype"}
     assert set(have) == want
     for parameter in inspect.signature(api.decode).parameters.values():

@@ -168,6 +168,8 @@ FORMS: dict[str, dict[str, object]] = {
     "split q": {"q_split": True}, "sinks, cap": {"sinks": True, "soft_cap": True}, "no rope": {"rope_dim": 0},
     "fp8 cache, scales": {"kv_dtype": "fp8_e4m3", "q_scale": True, "kv_scale": True},
     "fp8": {"q_dtype": "fp8_e4m3", "kv_dtype": "fp8_e4m3"}, "fnuz": {"kv_dtype": "fp8_e4m3fnuz"},
+    "scales in the cache": {"layout": "three", "kv_dtype": "fp8_e4m3", "kv_lora_rank": 256, "num_kv_heads": 2},
+    "fnuz, scales in the cache": {"layout": "three", "kv_dtype": "fp8_e4m3fnuz", "kv_lora_rank": 128, "rope_dim": 0},
     "fp32": {"q_dtype": "fp32", "kv_dtype": "fp32", "out_dtype": "fp32"},
     "context parallel": {"context_parallel": True, "q_len": 2},
     "int64": {"paging": "csr", "ragged": True, "index64": ("table", "lens", "kv_indptr", "qo_indptr")},

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
+from mla_jit.layouts import GROUP
 from mla_jit.ops.decode.inputs import LN2, DecodeInputs
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem, bucket
@@ -76,7 +76,7 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     tokens = p.total_kv if p.total_kv is not None else p.batch * p.max_kv_len
     blocks = -(-max(p.rows, 1) // config.int("block_m"))
     gathers = blocks if config["gather"] == "tile" else 1
-    size = tokens * p.num_kv_heads * p.head_dim * (DTYPES[p.kv_dtype].bytes + 4) * gathers
+    size = tokens * (p.token_bytes + p.num_kv_heads * p.head_dim * 4) * gathers
     flops = 2 * tokens * p.num_heads * p.q_len * (p.head_dim + p.kv_lora_rank)
     steps = blocks * p.num_kv_heads * -(-tokens // (config.int("block_n") * splits))
     time_us = max(size / target.bandwidth_gbps * 1e-3, flops / target.bf16_tflops * 1e-6) + steps * target.launch_us
@@ -95,12 +95,13 @@ class _Tokens:
     """One sequence's tokens of one KV head, in the paged cache, given out as fp32 [tiles, tokens, C + R]."""
 
     latent: Tensor  # [pages, page_size, C]
+    scales: Tensor | None  # [pages, page_size, C / 128], of 128 columns of the latent each
     rope: Tensor  # [pages, page_size, R]
     pages: Tensor  # int64: the ids of the pages in use
     whole: Tensor | None = None
 
     def gather(self, positions: Tensor) -> Tensor:
-        """The tokens at these positions of the sequence, widened exactly; fp8 travels as bytes."""
+        """The tokens at these positions of the sequence, widened exactly (then scaled); fp8 travels as bytes."""
         import torch
 
         size = self.latent.shape[1]
@@ -112,6 +113,8 @@ class _Tokens:
             else:
                 part = buffer[pages, slots]
             parts.append(part.to(torch.float32))
+        if self.scales is not None:
+            parts[0] *= self.scales[pages, slots].repeat_interleave(GROUP, -1)
         return torch.cat(parts, -1)
 
     def tiles(self, starts: Sequence[int], n: int) -> Tensor:
@@ -232,7 +235,8 @@ def _run(p: DecodeProblem, config: Config, inputs: DecodeInputs) -> None:
         out = of_tokens(t["out"], first, last, b)
         lse = None if t["lse"] is None else of_tokens(t["lse"], first, last, b)
         for kv_head in range(p.num_kv_heads):
-            tokens = _Tokens(t["kv"][:, :, kv_head, : p.kv_lora_rank], t["kpe"][:, :, kv_head], pages)
+            scales = None if t["scales"] is None else t["scales"][:, :, kv_head]
+            tokens = _Tokens(t["kv"][:, :, kv_head, : p.kv_lora_rank], scales, t["kpe"][:, :, kv_head], pages)
             if config["gather"] == "sequence":
                 tokens.whole = tokens.gather(torch.arange(local, device=inputs.device))
             heads = slice(kv_head * ratio, (kv_head + 1) * ratio)

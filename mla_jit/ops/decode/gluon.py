@@ -26,8 +26,11 @@ _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _REGISTERS = 240  # of a consumer's thread; the kernel starts with 168 and its producer keeps 24
 _MUCH = 16384  # tokens from which this kernel is faster at 17 … 32 rows (32 heads × 16 × 4096, H200: 33 and 44 us)
 _SPILL_BYTES = 64  # of scalars before the loop; none in it
-# Parameters of decode_splitk that this kernel does not take: it copies tiles only through tensor maps.
-_WITHOUT = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
+# Parameters of decode_splitk that this kernel does not take: it copies tiles only through tensor maps, unscaled.
+_WITHOUT = (
+    "kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok", "scales_ptr",
+    *splitk._SCALES_STRIDES,
+)  # fmt: skip
 _CONSTANTS = (
     "G", "NUM_KV_HEADS", "MULTI", "C", "R", "PAGE", "BATCH_POW2", "PDL", "CAUSAL", "CAP", "CP", "HAS_LENS", "HAS_LSE",
 )  # fmt: skip
@@ -50,6 +53,8 @@ def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
     """The same, but for who schedules, and what this leads to."""
     if not target.triton or not (target.has("tma") and target.has("mma_m64")):
         return f"{target.name} has no bulk tensor copies or no warpgroup matrix instructions"
+    if p.scaled:
+        return "a cache with scales is dequantised in registers; this kernel multiplies tiles as they were copied"
     if p.q_dtype != p.kv_dtype or DTYPES[p.kv_dtype].bits != 16 or "fp32" in (p.q_dtype, p.kv_dtype):
         return f"q is {p.q_dtype} and the cache is {p.kv_dtype}: both must be bf16 or both fp16"
     if p.kv_lora_rank not in (256, 512):
@@ -96,7 +101,9 @@ def _boxed(p: DecodeProblem, arg: Arg) -> tuple[str, Arg]:
 def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """The kernel, and the combine of splitk.py where a sequence may be cut."""
     like, *rest = splitk.sources(p, target, _like(config))
-    constants: dict[str, Scalar] = {k: v for k, v in like.constants if k in _CONSTANTS or v is None}
+    constants: dict[str, Scalar] = {
+        k: v for k, v in like.constants if k in _CONSTANTS or (v is None and k not in _WITHOUT)
+    }
     constants |= {"LAZY": bool(config["lazy"]), "REGISTERS": _REGISTERS}
     options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
     options["num_warps"] = 4  # of a consumer; the kernel starts twelve

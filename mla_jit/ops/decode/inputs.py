@@ -12,7 +12,8 @@ from typing import Any
 from mla_jit import dtypes
 from mla_jit.errors import InvalidInput
 from mla_jit.launch.base import Binding, Number, TensorView
-from mla_jit.problem import ALIGNMENT, DecodeProblem, bucket
+from mla_jit.layouts import GROUP, LAYOUTS, Layout
+from mla_jit.problem import ALIGNMENT, NO_KV_SCALE, DecodeProblem, bucket
 
 Tensor = Any
 LN2 = 0.6931471805599453
@@ -103,33 +104,48 @@ def _queries(q: Any, ragged: bool, width: int, rank: int) -> tuple[list[Tensor],
     return parts, split
 
 
-def _cache(kv_cache: Any, rank: int) -> tuple[list[Tensor], bool]:
-    """The cache's buffers as [pages, page_size, num_kv_heads, width]."""
-    split = isinstance(kv_cache, (tuple, list))
-    parts = list(kv_cache) if split else [kv_cache]
-    _check(len(parts) in (1, 2), f"kv_cache is a tuple of {len(parts)}; pass one tensor or (ckv, kpe)")
-    names = ("ckv", "kpe") if len(parts) == 2 else ("kv_cache",)
-    for i, (name, part) in enumerate(zip(names, parts, strict=True)):
+def _cache(kv_cache: Any, rank: int) -> tuple[Layout, dict[str, Tensor]]:
+    """The cache's layout and its buffers by name, as [pages, page_size, num_kv_heads, width]; no kpe for a None."""
+    parts = list(kv_cache) if isinstance(kv_cache, (tuple, list)) else [kv_cache]
+    layout = next((row for row in LAYOUTS.values() if len(row.buffers) == len(parts)), None)
+    if layout is None:
+        raise InvalidInput(f"kv_cache is a tuple of {len(parts)}; pass one tensor, (ckv, kpe) or (ckv, kv_scales, kpe)")
+    buffers = dict(zip(layout.buffers, parts, strict=True))
+    if layout.scaled and buffers["kpe"] is None:
+        del buffers["kpe"]
+    for name, part in buffers.items():
+        _check(part is not None, f"{name} is None; kv_cache must be tensors")
         _check(
             part.dim() in (3, 4),
             f"{name} has shape {tuple(part.shape)}; it must be [pages, page_size, num_kv_heads, width] or "
             "[pages, page_size, width]",
         )
         _last_stride(name, part)
-        parts[i] = part if part.dim() == 4 else part.unsqueeze(2)
+        buffers[name] = part if part.dim() == 4 else part.unsqueeze(2)
+    latent, *others = buffers
+    first = buffers[latent]
     _check(
-        parts[0].shape[-1] >= rank and (len(parts) == 1 or parts[0].shape[-1] == rank),
-        f"{names[0]} is {parts[0].shape[-1]} wide, kv_lora_rank is {rank}",
+        first.shape[-1] >= rank and (len(parts) == 1 or first.shape[-1] == rank),
+        f"{latent} is {first.shape[-1]} wide, kv_lora_rank is {rank}",
     )
-    if len(parts) == 2:
+    for name in others:
         _check(
-            parts[0].shape[:-1] == parts[1].shape[:-1],
-            f"ckv {tuple(parts[0].shape)} and kpe {tuple(parts[1].shape)} differ",
+            first.shape[:-1] == buffers[name].shape[:-1],
+            f"{latent} {tuple(first.shape)} and {name} {tuple(buffers[name].shape)} differ",
         )
+    if layout.scaled:
+        groups = -(-rank // GROUP)
         _check(
-            parts[0].dtype == parts[1].dtype, f"ckv is {parts[0].dtype}, kpe is {parts[1].dtype}; they must be the same"
+            str(buffers["kv_scales"].dtype) == "torch.float32" and buffers["kv_scales"].shape[-1] == groups,
+            f"kv_scales is {buffers['kv_scales'].dtype}, {buffers['kv_scales'].shape[-1]} wide; it must be float32 and "
+            f"{groups} wide, a scale for {GROUP} columns",
         )
-    return parts, len(parts) == 2
+    elif "kpe" in buffers:
+        _check(
+            first.dtype == buffers["kpe"].dtype,
+            f"ckv is {first.dtype}, kpe is {buffers['kpe'].dtype}; they must be the same",
+        )
+    return layout, buffers
 
 
 def _scale(name: str, value: Any, device: Any) -> tuple[float, Tensor | None]:
@@ -158,14 +174,18 @@ def decode_inputs(
 ) -> DecodeInputs:  # fmt: skip
     """Checks a decode call (see `mla_jit.decode` for the arguments) and describes it. Raises InvalidInput."""
     rank = kv_lora_rank
-    buffers, kv_split = _cache(kv_cache, rank)
+    layout, every = _cache(kv_cache, rank)
+    scales = every.get("kv_scales")
+    buffers = [buffer for name, buffer in every.items() if name != "kv_scales"]
     width = sum(b.shape[-1] for b in buffers)
     rope = width - rank
     parts, q_split = _queries(q, qo_indptr is not None, width, rank)
     q0, kv0 = parts[0], buffers[0]
     device = q0.device
-    for name, t in (("q_pe", parts[-1]), ("kv_cache", kv0), ("kpe", buffers[-1])):
+    for name, t in (("q_pe", parts[-1]), ("kv_cache", kv0), *list(every.items())[1:]):
         _check(t.device == device, f"{name} is on {t.device}, q is on {device}; move them to one device")
+    if layout.scaled and "kpe" in every:
+        _check(every["kpe"].dtype == q0.dtype, f"kpe is {every['kpe'].dtype}, q is {q0.dtype}; they must be the same")
     _check(
         isinstance(sm_scale, (int, float)) and 0 < sm_scale < float("inf"),
         f"sm_scale is {sm_scale!r}; it must be a positive float",
@@ -202,6 +222,7 @@ def decode_inputs(
     else:
         result = "bf16" if dtypes.DTYPES[q_dtype].bits == 8 else q_dtype
     q_factor, q_scale = _scale("q_scale", q_scale, device)
+    _check(kv_scale is None or not layout.scaled, NO_KV_SCALE)
     kv_factor, kv_scale = _scale("kv_scale", kv_scale, device)
     if sinks is not None:
         _check(
@@ -224,7 +245,7 @@ def decode_inputs(
     )
     problem = DecodeProblem(
         num_heads=heads, kv_lora_rank=rank, rope_dim=rope, num_kv_heads=kv_heads, q_dtype=q_dtype, kv_dtype=kv_dtype,
-        out_dtype=result, page_size=page, layout="split" if kv_split else "joint", q_split=q_split, paging=paging,
+        out_dtype=result, page_size=page, layout=layout.name, q_split=q_split, paging=paging,
         has_lens=seq_lens is not None, ragged=ragged, causal=causal, soft_cap=logit_cap > 0, sinks=sinks is not None,
         lse=return_lse or lse is not None, q_scale=q_scale is not None, kv_scale=kv_scale is not None,
         context_parallel=cp_world > 1, misaligned=misaligned, flat_pages=_flat(buffers), index64=index64, batch=batch,
@@ -234,10 +255,10 @@ def decode_inputs(
     )  # fmt: skip
 
     rope_q = parts[1] if q_split else q0[..., rank:]
-    rope_kv = buffers[1] if kv_split else kv0[..., rank:]
+    rope_kv = buffers[1] if len(buffers) == 2 else kv0[..., rank:]
     tensors = {
-        "q": q0, "q_pe": rope_q, "kv": kv0, "kpe": rope_kv, "sinks": sinks, "q_scale": q_scale, "kv_scale": kv_scale,
-        "qo_indptr": qo_indptr, "out": out, "lse": lse, **table,
+        "q": q0, "q_pe": rope_q, "kv": kv0, "kpe": rope_kv, "scales": scales, "sinks": sinks, "q_scale": q_scale,
+        "kv_scale": kv_scale, "qo_indptr": qo_indptr, "out": out, "lse": lse, **table,
     }  # fmt: skip
     per_token = 0 if (ragged or q0.dim() == 3) else 1  # the dimension of q that counts tokens
     if per_token == 1:
@@ -253,7 +274,7 @@ def decode_inputs(
     token_dim = 1 if (per_token == 1 and (q_len > 1)) else 0
     for name, t in (("q", q0), ("q_pe", rope_q)):
         numbers |= {f"{name}_stride_t": t.stride(token_dim), f"{name}_stride_h": t.stride(-2)}
-    for name, t in (("kv", kv0), ("kpe", rope_kv)):
+    for name, t in (("kv", kv0), ("kpe", rope_kv), *(() if scales is None else (("scales", scales),))):
         numbers |= {
             f"{name}_stride_page": t.stride(0),
             f"{name}_stride_tok": t.stride(1),
@@ -277,9 +298,9 @@ def decode_inputs(
             columns=(t.shape[2] - 1) * t.stride(2) + w,
             row_elements=t.stride(1),
             row_bytes=t.stride(1) * t.element_size(),
-            dtype=kv_dtype,
+            dtype=dtype,
         )
-        for name, t, w in (("kv", kv0, rank), ("kpe", rope_kv, rope))
+        for name, t, w, dtype in (("kv", kv0, rank, kv_dtype), ("kpe", rope_kv, rope, problem.rope_dtype))
     }
     return DecodeInputs(problem, tensors, numbers, floats, device, out_shape, views)
 

@@ -27,7 +27,8 @@ _CHUNK = 256  # sequences, or groups, that `schedule` looks at together
 MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
-    "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "out", "lse", "part", "part_lse",
+    "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale", "scales", "out", "lse",
+    "part", "part_lse",
 )  # fmt: skip
 _LISTS = ("groups", "info", "sums", "arrivals")  # the work list, int32 buffers in the workspace
 _OWN = ("overhead", "waves", "fold")  # tunables that decode_splitk_triton does not have
@@ -77,7 +78,8 @@ def default(p: DecodeProblem, target: Target) -> Config:
     """The tiles of decode_splitk_triton, or smaller ones; beside its tiles a piece costs about five of a list's.
 
     Smaller where the loop over pieces would make blocks of 64 rows spill more than is legal (2700 bytes with fp8 q,
-    2050 with several query tokens of such heads that dividing by their number takes a multiplication).
+    2050 with several query tokens of such heads that dividing by their number takes a multiplication); with scales in
+    the cache also blocks of 32 (1832 bytes).
     """
     like = splitk.default(p, target)
     if like.int("block_m") == 64:
@@ -85,6 +87,8 @@ def default(p: DecodeProblem, target: Target) -> Config:
             like = like.replace(block_m=32, block_n=32, masked_first=True)
         elif p.q_len > 1 and p.gqa_ratio & (p.gqa_ratio - 1):
             like = like.replace(block_n=32)
+    elif p.scaled and p.q_len > 1:
+        like = like.replace(block_m=16)
     kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}
     return Config.of(NAME, **kept, overhead=5, waves=1, fold=False)
 
@@ -133,13 +137,14 @@ def _walk(p: DecodeProblem, target: Target, config: Config) -> Parts:
     found = {name: (name, kind, arg) for name, kind, arg in every}
     names = [f"{name}_ptr" for name in _POINTERS] + ["kv_desc", "kpe_desc"]
     pointers = [found[n] for n in (*names, *(f"{name}_ptr" for name in _MORE_POINTERS)) if n in found]
-    strides = [found[n] for n in (*splitk._STAGE1_STRIDES, *splitk._OUT_STRIDES)]
+    strides = (*splitk._STAGE1_STRIDES, *splitk._SCALES_STRIDES, *splitk._OUT_STRIDES)
     scalars = splitk._scalars((*_INTS, *splitk._FLOATS))
     kept = {k: v for k, v in constants.items() if k in _CONSTANTS or v is None}
     fold = bool(config["fold"])
     kept |= {"UNIT": UNIT, "LEAST_M": _LEAST_M, "FOLD": fold, "ROWS": _fold_rows(p, config) if fold else 0}
     kept |= {} if fold else {"arrivals_ptr": None}
-    return kept, pointers + _lists(p, _LISTS if fold else _LISTS[:3]) + strides + scalars
+    lists = _lists(p, _LISTS if fold else _LISTS[:3])
+    return kept, pointers + lists + [found[n] for n in strides if n in found] + scalars
 
 
 def _fold_rows(p: DecodeProblem, config: Config) -> int:

@@ -23,6 +23,15 @@ def _rows(buffer: Tensor, pages: Tensor, slots: Tensor, dtype: torch.dtype) -> T
     return buffer[pages, slots].to(dtype)
 
 
+def _keys(buffers: list[Tensor], pages: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tokens, num_kv_heads, C + R]: the cached rows, each 128 columns of a latent with scales times their own."""
+    if len(buffers) < 3:
+        return torch.cat([_rows(buffer, pages, slots, dtype) for buffer in buffers], -1)
+    latent, scales = (_rows(buffer, pages, slots, dtype) for buffer in buffers[:2])
+    rope = [_rows(buffer, pages, slots, dtype) for buffer in buffers[2:] if buffer is not None]
+    return torch.cat([latent * scales.repeat_interleave(128, -1), *rope], -1)
+
+
 def decode(
     q: Any, kv_cache: Any, *, kv_lora_rank: int, sm_scale: float, block_table: Tensor | None = None,
     seq_lens: Tensor | None = None, kv_indptr: Tensor | None = None, kv_indices: Tensor | None = None,
@@ -39,7 +48,8 @@ def decode(
     """
     q = torch.cat([part.to(dtype) for part in q], -1) if isinstance(q, (tuple, list)) else q.to(dtype)
     buffers = [
-        b if b.dim() == 4 else b.unsqueeze(2) for b in (kv_cache if isinstance(kv_cache, (tuple, list)) else [kv_cache])
+        b if b is None or b.dim() == 4 else b.unsqueeze(2)
+        for b in (kv_cache if isinstance(kv_cache, (tuple, list)) else [kv_cache])
     ]
     page_size, kv_heads = buffers[0].shape[1:3]
     heads, width = q.shape[-2:]
@@ -69,7 +79,7 @@ def decode(
             assert kv_indices is not None
             table = kv_indices[starts[b] : starts[b] + used]
         pages = table.long()[slot // page_size]
-        key = torch.cat([_rows(buffer, pages, slot % page_size, dtype) for buffer in buffers], -1)  # [n, Hkv, C + R]
+        key = _keys(buffers, pages, slot % page_size, dtype)
 
         grouped = tokens[q_first:q_end].reshape(q_end - q_first, kv_heads, heads // kv_heads, width)
         logits = torch.einsum("tgrd,ngd->tgrn", grouped, key) * scale

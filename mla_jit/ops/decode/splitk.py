@@ -32,13 +32,14 @@ _FLOATS = ("qk_scale", "v_scale", "logit_cap", "lse_mul")
 _INTS = ("batch", "max_q_len", "num_splits", "min_tiles", "wave", "slots", "cp_rank", "cp_world")
 _STAGE1_POINTERS = (
     "q", "q_pe", "kv", "kpe", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale", "kv_scale",
-    "out", "lse",
+    "scales", "out", "lse",
     "part", "part_lse",
 )  # fmt: skip
 _STAGE1_STRIDES = (
     "q_stride_t", "q_stride_h", "q_pe_stride_t", "q_pe_stride_h", "kv_stride_page", "kv_stride_tok", "kv_stride_head",
     "kpe_stride_page", "kpe_stride_tok", "kpe_stride_head", "table_stride",
 )  # fmt: skip
+_SCALES_STRIDES = ("scales_stride_page", "scales_stride_tok", "scales_stride_head")  # constants where there are none
 _OUT_STRIDES = ("out_stride_t", "out_stride_h", "lse_stride_t", "lse_stride_h")
 _COMBINE_POINTERS = ("lens", "kv_indptr", "last", "qo_indptr", "sinks", "out", "lse", "part", "part_lse")
 
@@ -166,9 +167,10 @@ def default(p: DecodeProblem, target: Target) -> Config:
     if kind == "m64" and not bulk and rows <= 32:
         kind = "mma"  # gathered tiles of few rows: smaller tiles, more programs
     block_m, block_n, warps, stages = _TILES[kind, 16 if rows <= 16 else 32 if rows <= 32 or kind != "m64" else 64]
-    if narrow and (block_m < 64 or DTYPES[p.q_dtype].bits == 8 or p.batch * p.max_kv_len < 4096):
+    if narrow and (block_m < 64 or DTYPES[p.q_dtype].bits == 8 or p.scaled or p.batch * p.max_kv_len < 4096):
         block_n = 32
-    width = (_pow2(p.kv_lora_rank, 16) + (_pow2(p.rope_dim, 16) if p.rope_dim else 0)) * DTYPES[p.kv_dtype].bytes
+    width = _pow2(p.kv_lora_rank, 16) * DTYPES[p.kv_dtype].bytes
+    width += _pow2(p.rope_dim, 16) * DTYPES[p.rope_dtype].bytes if p.rope_dim else 0
     queries = block_m * (_pow2(p.kv_lora_rank, 16) + _pow2(p.rope_dim, 16)) * 2 if block_m >= 32 else 0
     slack = 2048
     if block_m == 32 and target.smem_bytes < 104448:  # with q, a gathered tile of 32 tokens takes 102400 bytes
@@ -251,7 +253,7 @@ def _default_splits(p: DecodeProblem, target: Target, config: Config) -> int:
     found = max(range(1, most + 1), key=lambda i: (round(score(i), 3), -i))
     if not p.hinted or p.rows > 16 or not slots // 4 <= programs < slots:
         return found
-    token = max(1, p.num_kv_heads * p.head_dim) * DTYPES[p.kv_dtype].bytes * slots
+    token = p.token_bytes * slots
     partials = 2.5 * 2 * p.batch * p.q_len * p.num_heads * p.kv_lora_rank * 4 / token  # of a split, in tokens of a slot
 
     def time(i: int) -> float:
@@ -274,7 +276,7 @@ def _alignment(p: DecodeProblem, name: str) -> str:
 
 def _pointer(p: DecodeProblem, target: Target, name: str) -> str:
     """The signature entry of a pointer parameter."""
-    element = {"q": p.q_dtype, "q_pe": p.q_dtype, "kv": p.kv_dtype, "kpe": p.kv_dtype, "out": p.out_dtype}.get(name)
+    element = {"q": p.q_dtype, "q_pe": p.q_dtype, "kv": p.kv_dtype, "kpe": p.rope_dtype, "out": p.out_dtype}.get(name)
     if element is not None:
         text = "u8" if _decode(element, target) else DTYPES[element].triton
         return f"*{text}{_alignment(p, name)}"
@@ -289,6 +291,7 @@ def _absent(p: DecodeProblem) -> set[str]:
         "lens": p.has_lens, "kv_indptr": p.paging == "csr",
         "last": p.paging == "csr" and not p.has_lens and p.page_size > 1,
         "qo_indptr": p.ragged, "sinks": p.sinks, "q_scale": p.q_scale, "kv_scale": p.kv_scale, "lse": p.lse,
+        "scales": p.scaled,
     }  # fmt: skip
     return {name for name, present in has.items() if not present}
 
@@ -298,6 +301,7 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     latent, rope, block_n = _pow2(p.kv_lora_rank, 16), _pow2(p.rope_dim, 16), config.int("block_n")
     absent = _absent(p)
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in absent}
+    constants |= {} if p.scaled else dict.fromkeys(_SCALES_STRIDES)
     constants |= {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "BLOCK_M": config.int("block_m"), "BLOCK_N": block_n, "BLOCK_C": latent, "BLOCK_R": rope,
@@ -322,7 +326,7 @@ def _stage1(p: DecodeProblem, target: Target, config: Config) -> tuple[dict[str,
     for name in _STAGE1_POINTERS[4:]:
         if name not in absent:
             arguments.append((f"{name}_ptr", _pointer(p, target, name), Arg("ptr", name)))
-    for name in (*_STAGE1_STRIDES, *_OUT_STRIDES):
+    for name in (*_STAGE1_STRIDES, *(_SCALES_STRIDES if p.scaled else ()), *_OUT_STRIDES):
         operand = name.split("_stride")[0]
         aligned = _alignment(p, operand) if operand in ("q", "q_pe", "kv", "kpe", "out") else ""
         arguments.append((name, f"i64{aligned}", Arg("i64", name)))
@@ -448,7 +452,7 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     tokens = p.total_kv if p.total_kv is not None else p.batch * p.max_kv_len
     blocks = -(-max(p.rows, 1) // config.int("block_m"))
     padded = blocks * config.int("block_m") * p.num_kv_heads
-    size = tokens * p.num_kv_heads * p.head_dim * DTYPES[p.kv_dtype].bytes + workspace_bytes(p, target, config) * 2
+    size = tokens * p.token_bytes + workspace_bytes(p, target, config) * 2
     flops = 2 * tokens * padded * (p.head_dim + p.kv_lora_rank)
     programs = _programs(p, config) * splits
     waves = programs / _resident(target, config)

@@ -275,11 +275,11 @@ def _sum_rows(
 @triton.jit
 def decode_persistent(
     q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
-    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr, scales_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, groups_ptr, info_ptr, sums_ptr, arrivals_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+    scales_stride_page, scales_stride_tok, scales_stride_head, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
     batch, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -317,14 +317,15 @@ def decode_persistent(
             if UNIT != BLOCK_N:
                 last_tile = tl.minimum(last_tile, tl.cdiv(kv_len, BLOCK_N))
             if row_block * BLOCK_M < q_len * G:
-                _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first,
-                       q_len, first_tile, last_tile, parts == 1, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
-                       sinks_ptr, q_scale_ptr, kv_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t,
-                       q_stride_h, q_pe_stride_t, q_pe_stride_h, kv_stride_page, kv_stride_tok, kv_stride_head,
-                       kpe_stride_page, kpe_stride_tok, kpe_stride_head, out_stride_t, out_stride_h, lse_stride_t,
-                       lse_stride_h, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, G,
-                       NUM_KV_HEADS, MULTI, C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_R, STAGES, TMA, MASKED_FIRST,
-                       CAUSAL, CAP, CP, HAS_LSE, COMPUTE, DECODE, Q_DECODE, QK_NATIVE)  # fmt: skip
+                _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile,
+                       parts == 1, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr,
+                       kv_scale_ptr, scales_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h,
+                       q_pe_stride_t, q_pe_stride_h, kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page,
+                       kpe_stride_tok, kpe_stride_head, scales_stride_page, scales_stride_tok, scales_stride_head,
+                       out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, cp_rank, cp_world, qk_scale,
+                       v_scale, logit_cap, lse_mul, G, NUM_KV_HEADS, MULTI, C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C,
+                       BLOCK_R, STAGES, TMA, MASKED_FIRST, CAUSAL, CAP, CP, HAS_LSE, COMPUTE, DECODE, Q_DECODE,
+                       QK_NATIVE)  # fmt: skip
                 if FOLD:  # noqa: SIM102  known to the compiler, `parts` is not
                     if parts > 1:
                         tl.debug_barrier()  # every thread's partials are stored before the one that counts says so

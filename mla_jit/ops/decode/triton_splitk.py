@@ -5,8 +5,10 @@ tokens. With q [BLOCK_M, C + R] kept, it walks the split in tiles of BLOCK_N tok
 
     S = q_nope·Kᵀ + q_pe·K_ropeᵀ     P = exp2(S·scale - m)     O = O·alpha + P·K[:, :C]
 
-A tile is read once from device memory and serves as K and as V. Bytes a sequence: kv_len·(C + R)·sizeof for each block
-of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32; shared memory: num_stages tiles and q.
+A tile is read once from device memory and serves as K and as V. Of a cache with scales it is as many tiles as there are
+groups of 128 columns: S = Σ_g (q_g·K_gᵀ)·scale_g, O_g += (P·scale_g)·K_g, so values are multiplied as they are. Bytes a
+sequence: kv_len·(C + R)·sizeof for each block of rows; FLOPs: 2·rows·kv_len·(2C + R). Registers: O is BLOCK_M·C fp32;
+shared memory: num_stages tiles and q.
 
 The number of programs is fixed by the grid; each derives its piece of a sequence from the lengths on the device, so a
 graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main
@@ -167,16 +169,68 @@ def _load_tile(kv_ptr, kpe_ptr, pages_ptr, n0, kv_len, kv_stride_page, kv_stride
 
 
 @triton.jit
-def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
+def _load_groups(kv_ptr, kpe_ptr, scales_ptr, pages_ptr, n0, kv_len, kv_stride_page, kv_stride_tok, kpe_stride_page,
+                 kpe_stride_tok, scales_stride_page, scales_stride_tok, C: tl.constexpr, R: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
+                 MASK: tl.constexpr):  # fmt: skip
+    """As `_load_tile`, of a cache with scales: (the latents of each group of columns, their scales, rotary parts)."""
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    filled = offs_n < kv_len
+    if PAGE % BLOCK_N == 0:
+        page = tl.load(pages_ptr + n0 // PAGE).to(tl.int64)
+        row = n0 % PAGE + tl.arange(0, BLOCK_N)
+    else:
+        page = tl.load(pages_ptr + offs_n // PAGE, mask=filled, other=0).to(tl.int64)
+        row = offs_n % PAGE
+    p_kv = kv_ptr + (page * kv_stride_page + row * kv_stride_tok)[:, None] + tl.arange(0, GROUP)[None, :]
+    p_scale = scales_ptr + page * scales_stride_page + row * scales_stride_tok
+    k = ()
+    scales = ()
+    for g in tl.static_range(C // GROUP):
+        if MASK:  # both: 0 times a NaN would be one
+            k = k + (tl.load(p_kv + g * GROUP, mask=filled[:, None], other=0.0),)
+            scales = scales + (tl.load(p_scale + g, mask=filled, other=0.0),)
+        else:
+            k = k + (tl.load(p_kv + g * GROUP),)
+            scales = scales + (tl.load(p_scale + g),)
+    k_pe = k[0]
+    if R > 0:
+        offs_r = tl.arange(0, BLOCK_R)
+        p_pe = kpe_ptr + (page * kpe_stride_page + row * kpe_stride_tok)[:, None] + offs_r[None, :]
+        if MASK and BLOCK_R != R:
+            k_pe = tl.load(p_pe, mask=filled[:, None] & (offs_r < R)[None, :], other=0.0)
+        elif MASK:
+            k_pe = tl.load(p_pe, mask=filled[:, None], other=0.0)
+        elif BLOCK_R != R:
+            k_pe = tl.load(p_pe, mask=(offs_r < R)[None, :], other=0.0)
+        else:
+            k_pe = tl.load(p_pe)
+    return k, scales, k_pe
+
+
+@triton.jit
+def _attend(q, q_pe, k, k_pe, scales, acc, m, l, row_end, n0, qk_scale, logit_cap,
             R: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-            COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
-    """One tile of the online softmax. row_end: first token that each row may not see. Scores are in base 2."""
+            COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    """One tile of the online softmax. row_end: first token that each row may not see. Scores are in base 2.
+
+    SCALED: q, k, scales and acc are tuples, an element a group of columns, and k_pe has q's dtype. A group's scores
+    and its weights are multiplied by its scales in fp32; no product of value and scale is rounded. (Rounded to bf16 in
+    K they would move the LSE by up to 1e-2.)
+    """
     LOG2E: tl.constexpr = 1.4426950408889634
-    v = _convert(k, DECODE, COMPUTE)
-    if not QK_NATIVE:
-        k = v
-        k_pe = _convert(k_pe, DECODE, COMPUTE)
-    s = tl.dot(q, tl.trans(k))
+    if SCALED:
+        v = k
+        s = tl.dot(q[0], tl.trans(_convert(k[0], DECODE, COMPUTE))) * scales[0][None, :]
+        for g in tl.static_range(1, len(k)):
+            s += tl.dot(q[g], tl.trans(_convert(k[g], DECODE, COMPUTE))) * scales[g][None, :]
+        k_pe = k_pe.to(COMPUTE)
+    else:
+        v = _convert(k, DECODE, COMPUTE)
+        if not QK_NATIVE:
+            k = v
+            k_pe = _convert(k_pe, DECODE, COMPUTE)
+        s = tl.dot(q, tl.trans(k))
     if R > 0:
         s = tl.dot(q_pe, tl.trans(k_pe), s)
     if CAP:
@@ -196,51 +250,85 @@ def _attend(q, q_pe, k, k_pe, acc, m, l, row_end, n0, qk_scale, logit_cap,
     alpha = tl.exp2(m - shift)
     p = tl.exp2(s * scale - shift[:, None])
     l = l * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    acc = tl.dot(p.to(COMPUTE), v, acc)
+    if SCALED:
+        # a scale may be beyond fp16's range
+        WEIGHTS: tl.constexpr = tl.bfloat16 if COMPUTE == tl.float16 else COMPUTE  # noqa: SIM300
+        summed = ()
+        for g in tl.static_range(len(v)):
+            weights = (p * scales[g][None, :]).to(WEIGHTS)
+            summed = summed + (tl.dot(weights, _convert(v[g], DECODE, WEIGHTS), acc[g] * alpha[:, None]),)
+        acc = summed
+    else:
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(COMPUTE), v, acc)
     return acc, m_new, l
 
 
 @triton.jit
-def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile, last_tile,
-                  kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
-                  qk_scale, logit_cap, DIAGONAL: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
-                  CAP: tl.constexpr,
+def _store_groups(p_row, acc, scale, row_ok, GROUP: tl.constexpr):
+    """Rows whose columns lie in a tuple of groups, times `scale`, to where each row begins."""
+    for g in tl.static_range(len(acc)):
+        p_group = p_row[:, None] + (g * GROUP + tl.arange(0, GROUP))[None, :]
+        tl.store(p_group, (acc[g] * scale[:, None]).to(p_row.dtype.element_ty), mask=row_ok[:, None])
+
+
+@triton.jit
+def _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, scales_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile, full_tile,
+                  last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok, kpe_stride_page,
+                  kpe_stride_tok, scales_stride_page, scales_stride_tok, qk_scale, logit_cap, DIAGONAL: tl.constexpr,
+                  C: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+                  BLOCK_R: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr, CAP: tl.constexpr,
                   COMPUTE: tl.constexpr, DECODE: tl.constexpr, QK_NATIVE: tl.constexpr):  # fmt: skip
     """The tiles that need a mask: [clear_tile, full_tile) cross the causal diagonal, full_tile is partly filled."""
+    SCALED: tl.constexpr = scales_ptr is not None
+    GROUP: tl.constexpr = 128
     TILES: tl.constexpr = (PAGE + BLOCK_N - 1) // BLOCK_N  # a page
     if DIAGONAL:
         for tile in tl.range(clear_tile, full_tile, num_stages=1):
             if TMA:
                 row = tl.load(pages_ptr + tile // TILES).to(tl.int32) * PAGE + (tile % TILES) * BLOCK_N
                 k = kv_desc.load([row, kv_col])
+                scales = k
                 k_pe = k
                 if R > 0:
                     k_pe = kpe_desc.load([row, pe_col])
+            elif SCALED:
+                k, scales, k_pe = _load_groups(kv_ptr, kpe_ptr, scales_ptr, pages_ptr, tile * BLOCK_N, kv_len,
+                                               kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
+                                               scales_stride_page, scales_stride_tok, C, R, BLOCK_N, BLOCK_R, PAGE,
+                                               GROUP, False)  # fmt: skip
             else:
                 k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
                                      kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
                                      False)  # fmt: skip
-            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, tile * BLOCK_N, qk_scale, logit_cap,
-                                R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+                scales = k
+            acc, m, l = _attend(q, q_pe, k, k_pe, scales, acc, m, l, row_end, tile * BLOCK_N, qk_scale, logit_cap,
+                                R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE, SCALED)  # fmt: skip
 
     if full_tile < last_tile:
-        k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, full_tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
-                             kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE, True)  # fmt: skip
-        acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, full_tile * BLOCK_N, qk_scale, logit_cap,
-                            R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+        if SCALED:
+            k, scales, k_pe = _load_groups(kv_ptr, kpe_ptr, scales_ptr, pages_ptr, full_tile * BLOCK_N, kv_len,
+                                           kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
+                                           scales_stride_page, scales_stride_tok, C, R, BLOCK_N, BLOCK_R, PAGE, GROUP,
+                                           True)  # fmt: skip
+        else:
+            k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, full_tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
+                                 kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
+                                 True)  # fmt: skip
+            scales = k
+        acc, m, l = _attend(q, q_pe, k, k_pe, scales, acc, m, l, row_end, full_tile * BLOCK_N, qk_scale, logit_cap,
+                            R, BLOCK_N, True, CAP, COMPUTE, DECODE, QK_NATIVE, SCALED)  # fmt: skip
     return acc, m, l
 
 
 @triton.jit
 def _piece(
     slot, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile, whole,
-    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+    q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr, kv_scale_ptr, scales_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+    scales_stride_page, scales_stride_tok, scales_stride_head, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
     max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -253,6 +341,8 @@ def _piece(
     `whole`: these are all its tiles, and the result goes to `out`; else to the partials of `slot`.
     """
     LOG2E: tl.constexpr = 1.4426950408889634
+    SCALED: tl.constexpr = scales_ptr is not None
+    GROUP: tl.constexpr = 128
     offs_m = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     row_ok = offs_m < q_len * G
     tok = offs_m // G
@@ -261,8 +351,14 @@ def _piece(
     offs_c = tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, BLOCK_R)
     p_q = q_ptr + q_tok * q_stride_t + head * q_stride_h
-    q = tl.load(p_q[:, None] + offs_c[None, :], mask=row_ok[:, None] & (offs_c < C)[None, :], other=0.0)
-    q = _convert(q, Q_DECODE, q.dtype if QK_NATIVE else COMPUTE)
+    if SCALED:
+        q = ()
+        for g in tl.static_range(C // GROUP):
+            p_group = p_q[:, None] + (g * GROUP + tl.arange(0, GROUP))[None, :]
+            q = q + (tl.load(p_group, mask=row_ok[:, None], other=0.0).to(COMPUTE),)
+    else:
+        q = tl.load(p_q[:, None] + offs_c[None, :], mask=row_ok[:, None] & (offs_c < C)[None, :], other=0.0)
+        q = _convert(q, Q_DECODE, q.dtype if QK_NATIVE else COMPUTE)
     q_pe = q
     if R > 0:
         p_pe = q_pe_ptr + q_tok * q_pe_stride_t + head * q_pe_stride_h
@@ -286,7 +382,13 @@ def _piece(
         clear_tile = tl.maximum(tl.minimum(clear // BLOCK_N, full_tile), first_tile)
         row_end = tl.minimum(row_end, kv_len)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    if SCALED:
+        acc = ()
+        for _ in tl.static_range(C // GROUP):
+            acc = acc + (tl.zeros((BLOCK_M, GROUP), tl.float32),)
+        scales_ptr += kvh.to(tl.int64) * scales_stride_head
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     kv_ptr += kvh.to(tl.int64) * kv_stride_head
@@ -296,10 +398,10 @@ def _piece(
     kv_col = (kvh * kv_stride_head).to(tl.int32)
     pe_col = (kvh * kpe_stride_head).to(tl.int32)
     if MASKED_FIRST:
-        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile,
-        full_tile,
-                                  last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
-                                  kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, scales_ptr, kv_desc, kpe_desc, pages_ptr,
+                                  clear_tile, full_tile, last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page,
+                                  kv_stride_tok, kpe_stride_page, kpe_stride_tok, scales_stride_page,
+                                  scales_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
     if TMA:
         page = tl.load(pages_ptr + first_tile // TILES, mask=first_tile < clear_tile, other=0).to(tl.int32)
@@ -311,22 +413,29 @@ def _piece(
             k_pe = k
             if R > 0:
                 k_pe = kpe_desc.load([row, pe_col])
-            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
-                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+            acc, m, l = _attend(q, q_pe, k, k_pe, k, acc, m, l, row_end, 0, qk_scale, logit_cap,
+                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE, False)  # fmt: skip
             page = ahead
     else:
         for tile in tl.range(first_tile, clear_tile, num_stages=STAGES):
-            k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
-                                 kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
-                                 False)  # fmt: skip
-            acc, m, l = _attend(q, q_pe, k, k_pe, acc, m, l, row_end, 0, qk_scale, logit_cap,
-                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
+            if SCALED:
+                k, scales, k_pe = _load_groups(kv_ptr, kpe_ptr, scales_ptr, pages_ptr, tile * BLOCK_N, kv_len,
+                                               kv_stride_page, kv_stride_tok, kpe_stride_page, kpe_stride_tok,
+                                               scales_stride_page, scales_stride_tok, C, R, BLOCK_N, BLOCK_R, PAGE,
+                                               GROUP, False)  # fmt: skip
+            else:
+                k, k_pe = _load_tile(kv_ptr, kpe_ptr, pages_ptr, tile * BLOCK_N, kv_len, kv_stride_page, kv_stride_tok,
+                                     kpe_stride_page, kpe_stride_tok, C, R, BLOCK_N, BLOCK_C, BLOCK_R, PAGE,
+                                     False)  # fmt: skip
+                scales = k
+            acc, m, l = _attend(q, q_pe, k, k_pe, scales, acc, m, l, row_end, 0, qk_scale, logit_cap,
+                                R, BLOCK_N, False, CAP, COMPUTE, DECODE, QK_NATIVE, SCALED)  # fmt: skip
 
     if not MASKED_FIRST:
-        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, kv_desc, kpe_desc, pages_ptr, clear_tile,
-        full_tile,
-                                  last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page, kv_stride_tok,
-                                  kpe_stride_page, kpe_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
+        acc, m, l = _masked_tiles(q, q_pe, acc, m, l, kv_ptr, kpe_ptr, scales_ptr, kv_desc, kpe_desc, pages_ptr,
+                                  clear_tile, full_tile, last_tile, kv_len, row_end, kv_col, pe_col, kv_stride_page,
+                                  kv_stride_tok, kpe_stride_page, kpe_stride_tok, scales_stride_page,
+                                  scales_stride_tok, qk_scale, logit_cap, CAUSAL and MULTI, C, R, BLOCK_N,
                                   BLOCK_C, BLOCK_R, PAGE, TMA, CAP, COMPUTE, DECODE, QK_NATIVE)  # fmt: skip
 
     lse = m + tl.log2(l)  # base 2; -inf for a row that saw nothing
@@ -336,27 +445,34 @@ def _piece(
         if whole:
             denominator += tl.exp2(tl.minimum(sink - m, 126.0))
     scale = tl.where(l > 0, v_scale / denominator, 0.0)
-    o = acc * scale[:, None]
-    ok = row_ok[:, None] & (offs_c < C)[None, :]
+    if not SCALED:
+        o = acc * scale[:, None]
+        ok = row_ok[:, None] & (offs_c < C)[None, :]
     if whole:
         p_out = out_ptr + q_tok * out_stride_t + head * out_stride_h
-        tl.store(p_out[:, None] + offs_c[None, :], o.to(out_ptr.dtype.element_ty), mask=ok)
+        if SCALED:
+            _store_groups(p_out, acc, scale, row_ok, GROUP)
+        else:
+            tl.store(p_out[:, None] + offs_c[None, :], o.to(out_ptr.dtype.element_ty), mask=ok)
         if HAS_LSE:
             tl.store(lse_ptr + q_tok * lse_stride_t + head * lse_stride_h, lse * lse_mul, mask=row_ok)
     else:
         row = (slot.to(tl.int64) * max_q_len + tok) * (G * NUM_KV_HEADS) + head
-        tl.store(part_ptr + row[:, None] * C + offs_c[None, :], o, mask=ok)
+        if SCALED:
+            _store_groups(part_ptr + row * C, acc, scale, row_ok, GROUP)
+        else:
+            tl.store(part_ptr + row[:, None] * C + offs_c[None, :], o, mask=ok)
         tl.store(part_lse_ptr + row, lse, mask=row_ok)
 
 
 @triton.jit
 def decode_splitk(
     q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc,
-    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr,
+    table_ptr, lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, q_scale_ptr, kv_scale_ptr, scales_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
     kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head, table_stride,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+    scales_stride_page, scales_stride_tok, scales_stride_head, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
     batch, max_q_len, num_splits, min_tiles, wave, slots, cp_rank, cp_world, qk_scale, v_scale, logit_cap,
     lse_mul,
     G: tl.constexpr, NUM_KV_HEADS: tl.constexpr, MULTI: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
@@ -405,14 +521,14 @@ def decode_splitk(
     if (row_block * BLOCK_M >= q_len * G) or ((first_tile >= tiles) and (split > 0)):
         return
     last_tile = tl.minimum(first_tile + per_split, tiles)
-    _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile,
-           tiles <= per_split, q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr,
-           kv_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h, q_pe_stride_t,
-           q_pe_stride_h, kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok,
-           kpe_stride_head, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, cp_rank, cp_world,
-           qk_scale, v_scale, logit_cap, lse_mul, G, NUM_KV_HEADS, MULTI, C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C,
-           BLOCK_R, STAGES, TMA, MASKED_FIRST, CAUSAL, CAP, CP, HAS_LSE, COMPUTE, DECODE, Q_DECODE,
-           QK_NATIVE)  # fmt: skip
+    _piece(piece, row_block, kvh, pages_ptr, length, kv_len, q_first, q_len, first_tile, last_tile, tiles <= per_split,
+           q_ptr, q_pe_ptr, kv_ptr, kpe_ptr, kv_desc, kpe_desc, sinks_ptr, q_scale_ptr, kv_scale_ptr, scales_ptr,
+           out_ptr, lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h, q_pe_stride_t, q_pe_stride_h,
+           kv_stride_page, kv_stride_tok, kv_stride_head, kpe_stride_page, kpe_stride_tok, kpe_stride_head,
+           scales_stride_page, scales_stride_tok, scales_stride_head, out_stride_t, out_stride_h, lse_stride_t,
+           lse_stride_h, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, G, NUM_KV_HEADS, MULTI,
+           C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_R, STAGES, TMA, MASKED_FIRST, CAUSAL, CAP, CP, HAS_LSE,
+           COMPUTE, DECODE, Q_DECODE, QK_NATIVE)  # fmt: skip
 
 
 @triton.jit
