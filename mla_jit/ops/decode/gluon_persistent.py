@@ -79,7 +79,11 @@ def _write_empty(own: gl.constexpr, batch, qo_indptr_ptr, out_ptr, lse_ptr, sums
     for b0 in range(group, batch, groups * FLAGS):
         b = b0 + groups * offs
         parts = gl.load(sums_ptr + 3 * b + 1, mask=b < batch, other=1)
-        found = gl.sum(gl.where(parts == 0, 1, 0) << offs, 0)  # a bit a sequence
+        empty = parts == 0
+        if qo_indptr_ptr is not None:  # and has query tokens, which the padding of a graph has not
+            begin = gl.load(qo_indptr_ptr + b, mask=b < batch, other=0)
+            empty &= gl.load(qo_indptr_ptr + b + 1, mask=b < batch, other=0) > begin
+        found = gl.sum(gl.where(empty, 1, 0) << offs, 0)  # a bit a sequence
         if found != 0:
             for k in range(FLAGS):
                 if ((found >> k) & 1) != 0:

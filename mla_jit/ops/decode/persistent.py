@@ -86,7 +86,7 @@ def default(p: DecodeProblem, target: Target) -> Config:
         if DTYPES[p.q_dtype].bits == 8:
             like = like.replace(block_m=32, block_n=32, masked_first=True)
         elif p.q_len > 1 and p.gqa_ratio & (p.gqa_ratio - 1):
-            like = like.replace(block_n=32)
+            like = like.replace(block_m=16, masked_first=True) if p.scaled else like.replace(block_n=32)
     elif p.scaled and p.q_len > 1:
         like = like.replace(block_m=16)
     kept = {k: v for k, v in like.items() if k not in ("min_tiles", "num_kv_splits", "pdl")}

@@ -216,7 +216,11 @@ def _write_empty(
     for b0 in tl.range(group, batch, groups * FLAGS, num_stages=1):
         b = b0 + groups * offs
         parts = tl.load(sums_ptr + 3 * b + 1, mask=b < batch, other=1)
-        found = tl.sum(tl.where(parts == 0, 1, 0) << offs, 0)  # a bit a sequence
+        empty = parts == 0
+        if qo_indptr_ptr is not None:  # and has query tokens, which the padding of a graph has not
+            begin = tl.load(qo_indptr_ptr + b, mask=b < batch, other=0)
+            empty &= tl.load(qo_indptr_ptr + b + 1, mask=b < batch, other=0) > begin
+        found = tl.sum(tl.where(empty, 1, 0) << offs, 0)  # a bit a sequence
         if found != 0:
             for k in tl.range(0, FLAGS, num_stages=1):
                 if ((found >> k) & 1) != 0:
