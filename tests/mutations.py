@@ -56,8 +56,8 @@ MUTATIONS = (
     # pages, heads, ranks
     Mutation(
         "first and last page swapped",
-        "pages_ptr + offs_n // PAGE,",
-        "pages_ptr + (kv_len - 1) // PAGE - offs_n // PAGE,",
+        "pages_ptr + offs_n // PAGE, mask=offs_n",
+        "pages_ptr + (kv_len - 1) // PAGE - offs_n // PAGE, mask=offs_n",
         "kv100x37",
     ),
     Mutation(

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import mla_jit
-from mla_jit import ahead, ops, plan, target
+from mla_jit import ahead, ops, plan, settings, target
 from mla_jit.config import Config
 from mla_jit.ops.decode import asm_persistent, persistent, persistent_gluon
 from mla_jit.ops.decode.inputs import decode_inputs
@@ -42,7 +42,8 @@ def built(request: pytest.FixtureRequest) -> dict[cases.Case, cases.Call]:
     problems = [
         decode_inputs(call.q, call.kv_cache, **call.kwargs, scheduler="persistent").problem for call in calls.values()
     ]
-    ahead.build_all(ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs)
+    with settings.scope(backends=("triton",)):
+        ahead.build_all(ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs)
     return calls
 
 
@@ -67,6 +68,15 @@ def install(call: cases.Call, config_of: Callable[[DecodeProblem, Target], Confi
 
 
 @pytest.fixture
+def triton_alone() -> Iterator[None]:
+    """Calls are served by Triton's kernels alone."""
+    with settings.scope(backends=("triton",)):
+        mla_jit.reload()
+        yield
+    mla_jit.reload()
+
+
+@pytest.fixture
 def forgotten() -> Iterator[None]:
     """Choices that a test has installed are forgotten."""
     yield
@@ -79,6 +89,7 @@ def decode(call: cases.Call, **more: Any) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 @pytest.mark.parametrize("listed", CASES, ids=lambda c: c.id)
+@pytest.mark.usefixtures("triton_alone")
 def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     call = built.pop(listed)
     call.poison()
@@ -226,7 +237,7 @@ def test_padding_costs_less_than_a_percent(heads: int, padded: int, repeated: bo
     """128 sequences of 4096 tokens in a call of more, the others empty; calls alternate in graphs, medians count.
 
     As a captured graph pads them, with a repeated qo_indptr; or with a query token each, whose zeros are written, too:
-    these may take their bytes at 2 TB/s.
+    these may take their bytes at 1 TB/s (16 heads × 896: 0.9 us a sequence of a group, one after the other).
     """
     shapes = [bench.Shape(heads, (4096,) * 128 + (0,) * (n - 128)) for n in (128, padded)]
     graphs, kept = {}, []
@@ -253,7 +264,7 @@ def test_padding_costs_less_than_a_percent(heads: int, padded: int, repeated: bo
         kept.append((sets, metadata, more))
         calls = len(sets)
     times = {name: statistics.median(us) for name, us in bench.time_alternating(graphs, calls).items()}
-    zeros_us = 0.0 if repeated else (padded - 128) * heads * 512 * 2 / 2e6
+    zeros_us = 0.0 if repeated else (padded - 128) * heads * 512 * 2 / 1e6
     assert times[str(padded)] <= 1.01 * times["128"] + zeros_us, times
 
 
