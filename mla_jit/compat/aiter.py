@@ -37,9 +37,10 @@ _MOST = 256  # schedules whose sizes are kept
 
 
 class _Made(NamedTuple):
-    """For what the schedule in a buffer was made. `info` is held, so that no other buffer has its address."""
+    """For what the schedule in these buffers was made. They are held, so that no other buffer has their addresses."""
 
     info: Tensor
+    others: dict[str, Tensor]  # with which it belongs together, by name
     batch: int
     page_size: int
     counts: int  # of a sequence
@@ -138,7 +139,10 @@ def get_mla_metadata_v1(
         max_split_per_batch=max_split_per_batch if max_split_per_batch >= 1 else None,
     )  # fmt: skip
     key = device, work_info_set.data_ptr()
-    _made[key] = _Made(work_info_set, batch, page_size, _counts(num_heads_per_head_k, num_heads_k, q_len))
+    others = {
+        "work_indptr": work_indptr, "reduce_final_map": reduce_final_map, "reduce_partial_map": reduce_partial_map,
+    }  # fmt: skip
+    _made[key] = _Made(work_info_set, others, batch, page_size, _counts(num_heads_per_head_k, num_heads_k, q_len))
     _made.move_to_end(key)
     if len(_made) > _MOST:
         _made.popitem(last=False)
@@ -226,6 +230,11 @@ def _scheduled(
         raise InvalidInput(
             "work_info_set was not filled by mla_jit.compat.aiter.get_mla_metadata_v1 in this process; call it on "
             "these buffers first (AITER's own function fills them with something else)"
+        )
+    if foreign := [name for name, t in made.others.items() if t.data_ptr() != given[name].data_ptr()]:
+        raise InvalidInput(
+            f"{', '.join(foreign)} is not what get_mla_metadata_v1 filled together with this work_info_set; pass the "
+            "six buffers of one call of it"
         )
     if (made.batch, made.page_size) != (batch, page_size):
         raise InvalidInput(

@@ -209,6 +209,9 @@ def test_aiter_schedule_of_another_call_is_refused(null: NullRuntime) -> None:
     elsewhere = {name: t.clone() for name, t in work.items()}
     with pytest.raises(InvalidInput, match=r"was not filled by mla_jit\.compat\.aiter\.get_mla_metadata_v1"):
         mla_decode_fwd(**aiter_arguments(call), **elsewhere)
+    for name in ("work_indptr", "reduce_final_map", "reduce_partial_map"):
+        with pytest.raises(InvalidInput, match=f"{name} is not what get_mla_metadata_v1 filled together"):
+            mla_decode_fwd(**aiter_arguments(call), **{**work, name: elsewhere[name]})
     assert len(null.records) == 1
     mla_decode_fwd(**aiter_arguments(scheduled_call()), **work)  # other tensors of the same sizes
     assert len(null.records) == 2
