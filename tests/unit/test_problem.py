@@ -360,8 +360,8 @@ def test_a_cache_with_scales_is_served_or_refused_with_the_reason(target_name: s
     assert walked.variant == ("decode_blocked_cpu" if target_name == "cpu" else "decode_persistent_triton")
     if target_name == "sm_90":
         for name in ("decode_splitk_asm", "decode_narrow_asm", "decode_splitk_gluon"):
-            assert "a cache with scales is dequantised in registers" in found.reasons[name]
-        assert "a cache with scales is dequantised in registers" in walked.reasons["decode_persistent_gluon"]
+            assert "a cache with scales is multiplied group by group" in found.reasons[name]
+        assert "a cache with scales is multiplied group by group" in walked.reasons["decode_persistent_gluon"]
 
 
 def test_a_problem_describes_its_call() -> None:

@@ -150,7 +150,7 @@ def _refuses(template: Template, p: DecodeProblem, target: Target, config: Confi
     if not render.has(target.isa, template.file):
         return f"there is no template {template.file} for {target.name}"
     if p.scaled:
-        return "a cache with scales is dequantised in registers; this kernel multiplies tiles as they were copied"
+        return "a cache with scales is multiplied group by group; this kernel multiplies tiles as they were copied"
     if p.q_dtype != p.kv_dtype or p.q_dtype not in ("bf16", "fp16"):
         return "q and the cache must both be bf16, or both fp16"
     if p.kv_lora_rank > 512 or p.kv_lora_rank % 8 or p.rope_dim > _BOX or p.rope_dim % 8:

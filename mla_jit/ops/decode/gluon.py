@@ -54,7 +54,7 @@ def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
     if not target.triton or not (target.has("tma") and target.has("mma_m64")):
         return f"{target.name} has no bulk tensor copies or no warpgroup matrix instructions"
     if p.scaled:
-        return "a cache with scales is dequantised in registers; this kernel multiplies tiles as they were copied"
+        return "a cache with scales is multiplied group by group; this kernel multiplies tiles as they were copied"
     if p.q_dtype != p.kv_dtype or DTYPES[p.kv_dtype].bits != 16 or "fp32" in (p.q_dtype, p.kv_dtype):
         return f"q is {p.q_dtype} and the cache is {p.kv_dtype}: both must be bf16 or both fp16"
     if p.kv_lora_rank not in (256, 512):
