@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "mla_jit/ops/decode/triton_splitk.py"
+SCALED = "mla_jit/ops/decode/triton_scaled.py"
 INPUTS = "mla_jit/ops/decode/inputs.py"
 
 
@@ -134,12 +135,13 @@ MUTATIONS = (
     ),
     Mutation("V without its scale", "v_scale *= kv_scale", "v_scale *= 1.0", "kvscaletensor"),
     # scales of 128 columns
-    Mutation("the scale of the first group for all", "tl.load(p_scale + g)", "tl.load(p_scale)", "scaled"),
+    Mutation("the scale of the first group for all", "tl.load(p_scale + g)", "tl.load(p_scale)", "scaled", SCALED),
     Mutation(
         "the scale of the first token for all",
         "p_scale = scales_ptr + page * scales_stride_page + row * scales_stride_tok",
         "p_scale = scales_ptr + page * scales_stride_page + 0 * row * scales_stride_tok",
         "c128r16-p16-q1-kv100x37-bf16xfp8_e4m3-outdtypefp32-scaled",
+        SCALED,
     ),
     Mutation("K without its scales", "DECODE, COMPUTE))) * scales[g][None, :]", "DECODE, COMPUTE)))", "scaled"),
     Mutation("V without its scales", "(p * scales[g][None, :]).to(WEIGHTS)", "p.to(WEIGHTS)", "scaled"),
@@ -148,6 +150,7 @@ MUTATIONS = (
         "tl.load(p_scale + g, mask=filled, other=0.0)",
         "tl.load(p_scale + g)",
         "h4over2-c256r16-p32",
+        SCALED,
     ),
     Mutation(
         "scales of another KV head",
@@ -155,7 +158,9 @@ MUTATIONS = (
         "scales_ptr += 0 * kvh.to(tl.int64)",
         "h4over2-c256r16-p32",
     ),
-    Mutation("a group of the result twice", "(acc[g] * scale[:, None])", "(acc[0] * scale[:, None])", "c256r32-p7"),
+    Mutation(
+        "a group of the result twice", "(acc[g] * scale[:, None])", "(acc[0] * scale[:, None])", "c256r32-p7", SCALED
+    ),
     Mutation("the cap after the scale left out", "if CAP:", "if CAP and R < 0:", "cap15"),
 )
 
