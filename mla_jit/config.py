@@ -6,6 +6,7 @@ import builtins
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Value = int | str | bool
 
@@ -16,6 +17,16 @@ class Config(Mapping[str, Value]):
 
     variant: str
     items_: tuple[tuple[str, Value], ...]
+
+    def __post_init__(self) -> None:  # the tuner looks tunables up millions of times
+        object.__setattr__(self, "_values", dict(self.items_))
+        object.__setattr__(self, "_hash", hash((self.variant, self.items_)))
+
+    def __hash__(self) -> builtins.int:
+        return self._hash  # type: ignore[attr-defined]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the hash of a string is of its process
+        return Config, (self.variant, self.items_)
 
     @classmethod
     def of(cls, variant: str, **values: Value) -> Config:
@@ -46,10 +57,13 @@ class Config(Mapping[str, Value]):
         return value
 
     def __getitem__(self, name: str) -> Value:
-        for key, value in self.items_:
-            if key == name:
-                return value
-        raise KeyError(f"{self.variant} has no tunable {name!r}; it has {', '.join(self)}")
+        try:
+            return self._values[name]  # type: ignore[attr-defined]
+        except KeyError:
+            raise KeyError(f"{self.variant} has no tunable {name!r}; it has {', '.join(self)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[str]:
         return (key for key, _ in self.items_)

@@ -12,10 +12,15 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+def pairwise(
+    factors: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Row], bool] = lambda row: True,
+    ascending: Sequence[str] = (),
+) -> list[Row]:
     """Rows that cover every pair of values that `allowed` (asked of partial rows) lets stand together. Deterministic.
 
-    Greedy: each row starts from an uncovered pair and takes, factor by factor, the value that covers most new pairs.
+    Greedy: each row starts from an uncovered pair and takes, factor by factor, the value that covers most new pairs. Of
+    those that cover as many the factors `ascending` take the first, which is the cheapest to compile; the others turn.
     """
     names = sorted(factors, key=lambda name: -len(factors[name]))
     left = {
@@ -28,7 +33,7 @@ def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool
     rows = []
     while left:
         (a, x), (b, y) = start = next(iter(left))
-        chosen = _complete({a: x, b: y}, names, factors, left, allowed)
+        chosen = _complete({a: x, b: y}, names, factors, left, allowed, ascending)
         del left[start]  # a pair that no row can hold is dropped too
         if chosen is not None:
             for p, q in itertools.combinations(names, 2):
@@ -42,7 +47,7 @@ def _pair(a: str, x: int, b: str, y: int) -> tuple[tuple[str, int], tuple[str, i
 
 
 def _complete(chosen: dict[str, int], names: Sequence[str], factors: Mapping[str, Sequence[Any]], left: dict[Any, None],
-              allowed: Callable[[Row], bool]) -> dict[str, int] | None:  # fmt: skip
+              allowed: Callable[[Row], bool], ascending: Sequence[str]) -> dict[str, int] | None:  # fmt: skip
     """The rest of a row, by depth-first search that prefers values which cover more; None where there is none."""
     open_ = [name for name in names if name not in chosen]
     if not open_:
@@ -53,9 +58,10 @@ def _complete(chosen: dict[str, int], names: Sequence[str], factors: Mapping[str
     def gain(i: int) -> int:
         return sum(_pair(name, i, n, j) in left for n, j in chosen.items())
 
-    for i in sorted(range(len(factors[name])), key=lambda i: (-gain(i), (i + len(left)) % len(factors[name]))):
+    turn = 0 if name in ascending else len(left)
+    for i in sorted(range(len(factors[name])), key=lambda i: (-gain(i), (i + turn) % len(factors[name]))):
         if allowed(known | {name: factors[name][i]}):
-            found = _complete(chosen | {name: i}, names, factors, left, allowed)
+            found = _complete(chosen | {name: i}, names, factors, left, allowed, ascending)
             if found is not None:
                 return found
     return None

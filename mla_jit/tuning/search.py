@@ -7,6 +7,7 @@ The search measures nothing itself. `measure(config, effort)` is handed in and n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -185,12 +186,21 @@ def _most_kernels(count: int) -> int:
 
 def _predictor(problem: Tunable, target: Target) -> Callable[[Config], float]:
     rows = {variant.name: variant for variant in ops.variants(problem.op)}
+    known = _predictions(problem, target, tuple(rows.values()))
 
     def predict(config: Config) -> float:  # an incumbent may be of a variant that is no more
-        variant = rows.get(config.variant)
-        return math.inf if variant is None else predicted_us(problem, target, variant, config)
+        if (us := known.get(config)) is None:
+            variant = rows.get(config.variant)
+            us = known[config] = math.inf if variant is None else predicted_us(problem, target, variant, config)
+        return us
 
     return predict
+
+
+@functools.lru_cache(maxsize=8)
+def _predictions(problem: Tunable, target: Target, variants: tuple[Any, ...]) -> dict[Config, float]:
+    """What was predicted for the problem: its candidates are ranked for the compilers, and then for the search."""
+    return {}
 
 
 class _BudgetSpent(Exception):

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -256,16 +257,20 @@ class _Sweep:
             self.builds.start(problem, found[:1])
             if found:
                 self.defaults[problem] = found[0]
-            if self.how == "auto":  # what it, and then later ones, may come to want, while this one is measured
-                self.builds.start(problem, search.first(problem, self.target, found))
-                self.expect(problem, found)
-            outcome = search.tune(
-                problem, self.target, found,
-                lambda config, effort: self.measure(problem, device, config, effort),
-                budget_s=self.share_s(), search=self.how, incumbents=self.incumbents(problem, same), done=known,
-                on_event=lambda name, data: self.keep(problem, device, name, data),
-                ready=lambda configs, seconds: self.builds.ready(problem, configs, seconds),
-            )  # fmt: skip
+            with ThreadPoolExecutor(1, "mla_jit-expect") as aside:
+                expected = None
+                if self.how == "auto":  # what it, and then later ones, may come to want, while this one is measured
+                    self.builds.start(problem, search.first(problem, self.target, found))
+                    expected = aside.submit(self.expect, problem, found)
+                outcome = search.tune(
+                    problem, self.target, found,
+                    lambda config, effort: self.measure(problem, device, config, effort),
+                    budget_s=self.share_s(), search=self.how, incumbents=self.incumbents(problem, same), done=known,
+                    on_event=lambda name, data: self.keep(problem, device, name, data),
+                    ready=lambda configs, seconds: self.builds.ready(problem, configs, seconds),
+                )  # fmt: skip
+                if expected is not None:
+                    expected.result()
             if outcome.median_us is not None:
                 self.winners[problem] = outcome.winner
         self.legal.pop(problem, None)

@@ -20,14 +20,14 @@ TESTS = Path(__file__).resolve().parent.parent
 TOGETHER = ("together=true", "num_kv_splits=2", "min_tiles=1")
 WALK = ("walk=true", "together=false")
 RUNS = {
-    "wide": ("--part=0/8",),
-    "wide, gathered": ("--part=1/8", "--page=0"),
-    "wide, tiles of 32": ("--part=2/8", "block_n=32"),
-    "wide, bf16, pages of 192": ("--part=7/16", "--dtype=bf16", "--page=192", "lazy=false"),
-    "narrow": ("--variant=decode_narrow_asm", "--part=4/8"),
-    "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/8", "--page=0"),
-    "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/16", "--dtype=bf16", "lazy=false"),
-    "pair, another order": ("--variant=decode_narrow_pair_asm", "--part=3/16", "--seed=6"),
+    "wide": ("--part=0/12",),
+    "wide, gathered": ("--part=1/12", "--page=0"),
+    "wide, tiles of 32": ("--part=2/12", "block_n=32"),
+    "wide, bf16, pages of 192": ("--part=7/24", "--dtype=bf16", "--page=192", "lazy=false"),
+    "narrow": ("--variant=decode_narrow_asm", "--part=4/12"),
+    "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/12", "--page=0"),
+    "narrow, bf16": ("--variant=decode_narrow_asm", "--part=5/24", "--dtype=bf16", "lazy=false"),
+    "pair, another order": ("--variant=decode_narrow_pair_asm", "--part=3/24", "--seed=6"),
     "wide, combine by whole rows": (
         "--cases=large",
         "--part=2/3",
@@ -36,20 +36,20 @@ RUNS = {
         "combine_d=512",
         "combine_h=1",
     ),
-    "pair, gathered": ("--variant=decode_narrow_pair_asm", "--part=6/16", "--page=0", "lazy=false"),
-    "pair, together": ("--variant=decode_narrow_pair_asm", "--splits=2", "--part=1/8", *TOGETHER),
+    "pair, gathered": ("--variant=decode_narrow_pair_asm", "--part=6/24", "--page=0", "lazy=false"),
+    "pair, together": ("--variant=decode_narrow_pair_asm", "--splits=2", "--part=1/12", *TOGETHER),
     "pair, real dims": ("--variant=decode_narrow_pair_asm", "--cases=large", "--part=1/4"),
-    "wide, together": ("--splits=2", "--part=0/8", *TOGETHER),
-    "wide, together but uneven": ("--part=4/16", *TOGETHER),
-    "narrow, together": ("--variant=decode_narrow_asm", "--splits=2", "--part=1/8", *TOGETHER),
+    "wide, together": ("--splits=2", "--part=0/12", *TOGETHER),
+    "wide, together but uneven": ("--part=4/24", *TOGETHER),
+    "narrow, together": ("--variant=decode_narrow_asm", "--splits=2", "--part=1/12", *TOGETHER),
     "wide, real dims": ("--cases=large", "--part=1/3"),
     "wide, real dims, tiles of 32": ("--cases=large", "--part=2/5", "block_n=32"),
-    "walk": ("--part=1/6", "--sms=5", *WALK),
-    "walk, gathered, another order": ("--part=5/16", "--sms=7", "--page=0", "--seed=4", *WALK),
+    "walk": ("--part=1/9", "--sms=5", *WALK),
+    "walk, gathered, another order": ("--part=5/24", "--sms=7", "--page=0", "--seed=4", *WALK),
     "walk, real dims": ("--cases=large", "--part=0/3", "--sms=7", *WALK),
-    "persistent": ("--variant=decode_persistent_asm", "--part=2/8", "--sms=7", "overhead=1"),
-    "persistent, gathered": ("--variant=decode_persistent_asm", "--part=3/16", "--page=0"),
-    "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/16", "--dtype=bf16", "--seed=5"),
+    "persistent": ("--variant=decode_persistent_asm", "--part=2/12", "--sms=7", "overhead=1"),
+    "persistent, gathered": ("--variant=decode_persistent_asm", "--part=3/24", "--page=0"),
+    "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/24", "--dtype=bf16", "--seed=5"),
     "persistent, real dims": ("--variant=decode_persistent_asm", "--cases=large", "--part=1/3", "--sms=7"),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
 }
@@ -58,18 +58,19 @@ RUNS = {
 def lines_of(*arguments: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, "-W", "ignore", str(TESTS / "assembled_main.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
     sys.stdout.write(done.stdout)
     return [json.loads(line) for line in done.stdout.splitlines()], done
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_case_is_right(run: str) -> None:
-    lines, done = lines_of(*RUNS[run])
+def test_every_case_is_right(run: str, request: pytest.FixtureRequest) -> None:
+    """A part of the cases; with --full all of them."""
+    part = next(a.removeprefix("--part=") for a in RUNS[run] if a.startswith("--part="))
+    first, step = (0, 1) if request.config.getoption("--full") else map(int, part.split("/"))
+    lines, done = lines_of(*RUNS[run], f"--part={first}/{step}")
     assert [line["error"] for line in lines if "error" in line] == []
     assert done.returncode == 0, done.stderr[-2000:]
-    part = next(a.removeprefix("--part=") for a in RUNS[run] if a.startswith("--part="))
-    first, step = map(int, part.split("/"))
     chosen = cases.LARGE if "--cases=large" in RUNS[run] else cases.SMALL
     assert len(lines) == len(chosen[first::step])
     ran = [line for line in lines if "refused" not in line]

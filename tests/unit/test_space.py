@@ -69,12 +69,11 @@ SHAPES = [(h, b, n) for h in (16, 64, 128) for b in (1, 4, 16, 64, 128) for n in
 def test_usual_problems_on_hopper_have_three_hundred_candidates_made_in_half_a_second() -> None:
     made(batch=2)  # reads the files
     for heads, batch, length in SHAPES:
-        times = []
         for _ in range(3):  # the least: what else runs here costs time too
             started = time.process_time()
             found = made(num_heads=heads, batch=batch, max_kv_len=length)
-            times.append(time.process_time() - started)
-        seconds = min(times)
+            if (seconds := time.process_time() - started) < 0.5:
+                break
         assert 300 <= len(found) <= 2500, (heads, batch, length)
         assert seconds < 0.5, (heads, batch, length, seconds)
 
