@@ -37,6 +37,7 @@ PROBLEMS = {
     "token_major": [True, False],
     "index64": [False, True],
     "wide_out": [False, True],
+    "scheduler": ["tiles", "persistent"],
 }
 KNOBS = {
     "target": GPU_TARGETS,
@@ -60,7 +61,7 @@ def dtypes_of(row: Row) -> tuple[str, str]:
 def fields_of(row: Row) -> Row:
     """A row as the fields of a PrefillProblem."""
     q, kv = dtypes_of(row)
-    same = ("q_len", "batch", "causal", "soft_cap", "lse", "misaligned", "token_major")
+    same = ("q_len", "batch", "causal", "soft_cap", "lse", "misaligned", "token_major", "scheduler")
     heads, scales = row.get("heads", (16, 16)), row.get("scales", False)
     out = "bf16" if q.startswith("fp8") else q
     return {
@@ -132,7 +133,10 @@ def test_default_compiles_and_is_legal(
     outcome = outcomes[request.node.nodeid].result()
     assert (outcome.rejected, outcome.error) == ("", ""), f"{outcome.configs}\n{outcome.message}"
     names = {kernel.name for kernel in outcome.kernels}
-    assert {tiles.NAME, f"{persistent.NAME}_prefill_persistent", f"{persistent.NAME}_schedule"} <= names
+    assert (tiles.NAME in names) == (prompt_row["scheduler"] == "tiles")
+    assert ({f"{persistent.NAME}_prefill_persistent", f"{persistent.NAME}_schedule"} <= names) == (
+        tiles.NAME not in names
+    )
     check_bounds(targets.by_name(prompt_row["target"]), outcome)
 
 

@@ -435,6 +435,12 @@ def test_alignment_is_part_of_the_problem(view: str, expected: tuple[str, ...]) 
     assert decode_inputs(call.q, call.kv_cache, **call.kwargs).problem.misaligned == expected
 
 
+def test_a_part_without_elements_is_aligned() -> None:
+    """A cache (ckv, kpe) without a rotary part: the empty tensor has strides of 1; nothing is read there."""
+    call = cases.build(cases.Case(R=0, q_split=True, kv_split=True, page=16, q_dtype="bf16", kv_dtype="bf16"))
+    assert decode_inputs(call.q, call.kv_cache, **call.kwargs).problem.misaligned == ()
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(48, ()), (24, ("q", "kv", "out"))])
 def test_an_allocated_output_is_aligned_only_if_its_rows_are(rank: int, expected: tuple[str, ...]) -> None:
     inputs = decode_inputs(

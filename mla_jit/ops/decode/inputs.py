@@ -59,11 +59,15 @@ def _last_stride(name: str, t: Tensor) -> None:
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Base a multiple of 16 bytes, strides multiples of 16 elements: what a kernel compiled as `aligned` is told."""
+    """Base a multiple of 16 bytes, strides multiples of 16 elements: what a kernel compiled as `aligned` is told.
+
+    A part without elements (of a rope_dim of 0) is not looked at: nothing is read there.
+    """
     return all(
         t.data_ptr() % ALIGNMENT == 0
         and all(s % ALIGNMENT == 0 for s, n in zip(t.stride()[:-1], t.shape[:-1], strict=True) if n > 1)
         for t in tensors
+        if t.numel()
     )
 
 
