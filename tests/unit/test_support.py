@@ -181,7 +181,7 @@ def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp):
     there, model, rng = target.by_name(name), models.by_name("deepseek-v3"), random.Random(0)
     kinds = models.decode_problems(model, there, tp=tp, page_sizes=(1, 64), layouts=("joint", "three"))
     ready = {job.source.key for job in ahead.jobs_of(ahead.of_any_size(kinds, there), there).jobs}
-    for _ in range(240):
+    for _ in range(160):
         problem = _random_call(rng, model, there, tp)
         choice = plan.choose(problem, there)
         for source in choice.variant.sources(problem, there, choice.config):
