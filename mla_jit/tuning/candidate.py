@@ -119,9 +119,9 @@ def _figures(
         stand = _stand(problem, where, device)
         run = Run(executable, stand)
         enter("checking")
-        if config not in _right:
-            _right[config] = stand.check(run)
-        found["rel_l2"] = _right[config]
+        if (config, source_hash) not in _right:
+            _right[config, source_hash] = stand.check(run)
+        found["rel_l2"] = _right[config, source_hash]
     enter("timing")
     if timer is not None:
         return timer(problem, config, rounds)
@@ -179,7 +179,7 @@ def _sound(device: str) -> bool:
 
 _STANDS: dict[str, Callable[..., Stand]] = {"decode": DecodeStand, "prefill": PrefillStand}  # by op
 _kept: dict[Any, Stand] = {}  # at most one: a problem's candidates come one after the other
-_right: dict[Config, float] = {}  # the error of those that this stand has checked: timed again, they are the same code
+_right: dict[tuple[Config, str], float] = {}  # the error of what this stand has checked, with the hash of its source
 
 
 def _stand(problem: Tunable, where: Target, device: str) -> Stand:

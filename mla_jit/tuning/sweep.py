@@ -293,6 +293,9 @@ class _Sweep:
         if following is not None:
             self.builds.start(following, search.first(following, self.target, self.candidates(following)), idle=1)
         self.builds.start(problem, search.kernels(problem, self.target, found), idle=1)
+        if following is not None:  # of its sizes: kernels that write results, not pieces, where it is cut less
+            kernels = search.kernels(following, self.target, self.candidates(following))
+            self.builds.start(following, kernels, idle=2)
         ahead = [following] if following is not None else []
         other = next((p for p in (*ahead, *later) if _kind(p) != _kind(problem)), None)
         if other is not None:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import children
@@ -187,6 +188,30 @@ def test_a_call_of_every_form_is_checked_and_timed(form: str) -> None:
     assert phases == ["compiling", "preparing", "checking", "timing"]
     assert found.rel_l2 is not None
     assert 0 < found.rel_l2 < 2.5e-2
+
+
+def test_what_was_right_is_not_checked_again_for_a_longer_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what was wrong taken for right; another config of the problem is checked, and so are other sizes."""
+    checked: list[object] = []
+    check = candidate.DecodeStand.check
+    answers = {"wrong": candidate.Fault("wrong", "planted")}
+
+    def spy(stand: candidate.DecodeStand, run: Any) -> float:
+        checked.append(run.executable.config)
+        if answers:
+            raise answers.popitem()[1]
+        return check(stand, run)
+
+    monkeypatch.setattr(candidate.DecodeStand, "check", spy)
+    problem = dataclasses.replace(SMALL, batch=3)
+    config = DECODE_BLOCKED_CPU.default(problem, by_name("cpu"))
+    other = config.replace(num_kv_splits=config.int("num_kv_splits") + 1)
+    found = [run_candidate(problem, c, "cpu", 2, 0.1) for c in (config, config, config, other, other)]
+    assert [m.status for m in found] == ["wrong", "ok", "ok", "ok", "ok"]
+    assert checked == [config, config, other]
+    assert found[1].rel_l2 == found[2].rel_l2 is not None
+    run_candidate(dataclasses.replace(problem, batch=2), config, "cpu", 2, 0.1)
+    assert checked == [config, config, other, config]
 
 
 @pytest.mark.parametrize(("changes", "config", "reason"), [
