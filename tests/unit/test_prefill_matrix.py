@@ -1,7 +1,8 @@
 """Prefill templates × knobs × targets, really compiled: a pairwise covering array, as there is one for decode.
 
 With its default config every problem that the predicate accepts must compile to a legal kernel on every target; the
-scheduler is a factor like the others, so a row has one. With other tunables a kernel may turn out illegal, but the compiler must neither fail nor crash.
+scheduler is a factor like the others, so a row has one. With other tunables a kernel may turn out illegal, but the
+compiler must neither fail nor crash.
 """
 
 from __future__ import annotations
