@@ -15,6 +15,8 @@ from mla_jit.ops.decode import reference
 from mla_jit.ops.prefill import reference as prompts
 from mla_jit.problem import DecodeProblem, PrefillProblem
 
+_MADE_AT_ONCE = 1 << 28  # random numbers of a prompt, fp32
+
 
 @dataclass(frozen=True)
 class Call:
@@ -132,15 +134,17 @@ def make_prompt(problem: PrefillProblem, device: str, *, seed: int = 0) -> Promp
 
     Rows of k and v that belong to no sequence are NaN, and outputs start as NaN.
     """
-    p, generator = problem, torch.Generator().manual_seed(seed)
+    p, generator = problem, torch.Generator(device).manual_seed(seed)
     q_lens, kv_lens = (
         shares(total, bound, p.batch) for total, bound in ((p.total_q, p.q_len), (p.keys, p.max_kv_len))
     )  # fmt: skip
 
     def randn(rows: int, heads: int, width: int, used: int, dtype: str) -> Tensor:
-        x = torch.randn(rows, heads, width, generator=generator)
-        x[used:] = float("nan")
-        return x.to(getattr(torch, DTYPES[dtype].torch)).to(device)
+        x = torch.empty(rows, heads, width, dtype=getattr(torch, DTYPES[dtype].torch), device=device)
+        for part in x[:used].split(max(1, _MADE_AT_ONCE // (heads * width))):
+            part.copy_(torch.randn(part.shape, device=device, generator=generator))
+        x[used:].copy_(torch.full((), float("nan"), device=device))
+        return x
 
     q = randn(p.total_q, p.num_heads, p.qk_dim, sum(q_lens), p.q_dtype)
     k = randn(p.keys, p.num_kv_heads, p.qk_dim, sum(kv_lens), p.kv_dtype)

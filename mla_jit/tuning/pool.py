@@ -26,7 +26,7 @@ from mla_jit.errors import InvalidInput, MlaJitError
 from mla_jit.problem import Tunable
 from mla_jit.tuning.candidate import quarantine_keys
 from mla_jit.tuning.rows import FAULTS, Measurement
-from mla_jit.tuning.worker import Reply, Worker
+from mla_jit.tuning.worker import PREPARE_S, Reply, Worker
 
 _DEVICE = re.compile(r"(cuda|cpu|null)(?::(\d+))?")
 
@@ -150,19 +150,20 @@ class Pool:
         return tuple(self._slots)
 
     def measure(self, device: str, problem: Tunable, config: Config, *, rounds: int = 7, window_ms: float = 3.0,
-                timeout_s: float = 60.0) -> Measurement:  # fmt: skip
+                timeout_s: float = 60.0, prepare_s: float = PREPARE_S) -> Measurement:  # fmt: skip
         """Measures a candidate on a device of the pool and blocks until it is; threads may ask at once.
 
         rounds, window_ms: how many times, and for how long each, it is timed. timeout_s: after this it is killed and
-        has the status "hang"; a worker's start and a problem's inputs and reference do not count.
+        has the status "hang"; a worker's start and a problem's inputs and reference, which may take `prepare_s`, do not
+        count.
         Raises nothing for a bad candidate: InvalidInput for no device of the pool, MlaJitError if the pool is closed or
-        the device's worker cannot be started.
+        the device's worker cannot be started, TimeoutError after a `prepare_s` of the caller's.
         """
         if (slot := self._slots.get(device)) is None:
             raise InvalidInput(f"{device!r} is no device of this pool; it has {', '.join(self._slots)}")
         request = {
             "problem": problem.fields(), "config": config.to_json(), "rounds": rounds, "window_ms": window_ms,
-            "timeout_s": timeout_s,
+            "timeout_s": timeout_s, "prepare_s": prepare_s,
         }  # fmt: skip
         with slot.lock:
             reply = self._reply(slot, request | {"known": self._quarantine.faults()})

@@ -94,8 +94,9 @@ def tune(
     `default` is the first candidate unless given; it and the `incumbents` are measured first and are in the playoff.
     `rank` predicts a config's µs (`heuristic.predicted_us`). `done` are measurements made before: none is repeated.
     `ready(configs, seconds)` gives the configs of a batch in the order in which to measure them, as they are compiled.
-    The budget is looked at before each measurement; a search that it or Ctrl-C stops gives the best so far. Of configs
-    that the noise cannot tell apart, the one with the fewest splits wins, then the first by its JSON.
+    The budget is looked at before each measurement, and `measure` may raise BudgetSpent; a search that either or Ctrl-C
+    stops gives the best so far. Of configs that the noise cannot tell apart, the one with the fewest splits wins, then
+    the first by its JSON.
 
     Events: "start" {candidates, planned}; "shortlist" {effort, configs} before they are measured (to compile them side
     by side); "trial" {config, effort, measurement, explored} for each new entry of `trials`; "pass" {config, effort,
@@ -116,7 +117,7 @@ def tune(
         predicted = {c: predict(c) for c in everything}
         everything.sort(key=lambda c: (predicted[c], c.to_json()))
         sweep.search(_by_backend(problem, everything), asked, predicted, exhaustive=search == "exhaustive")
-    except _BudgetSpent:
+    except BudgetSpent:
         stopped = "budget"
     except KeyboardInterrupt:
         stopped = "interrupted"
@@ -203,8 +204,8 @@ def _predictions(problem: Tunable, target: Target, variants: tuple[Any, ...]) ->
     return {}
 
 
-class _BudgetSpent(Exception):
-    """No time is left for another measurement."""
+class BudgetSpent(Exception):
+    """No time is left for another measurement, or for the one that was begun: `measure` may raise it, too."""
 
 
 class _Sweep:
@@ -304,7 +305,7 @@ class _Sweep:
 
     def run(self, config: Config, effort: int) -> Measurement:
         if self.clock() >= self.deadline:
-            raise _BudgetSpent
+            raise BudgetSpent
         return self.measure(config, effort)
 
     def record(self, config: Config, effort: int, found: Measurement, *, new: bool) -> None:

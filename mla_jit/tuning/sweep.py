@@ -43,7 +43,15 @@ class Measurer(Protocol):
     """What a sweep needs of pool.Pool."""
 
     def measure(
-        self, device: str, problem: Tunable, config: Config, *, rounds: int, window_ms: float, timeout_s: float
+        self,
+        device: str,
+        problem: Tunable,
+        config: Config,
+        *,
+        rounds: int,
+        window_ms: float,
+        timeout_s: float,
+        prepare_s: float,
     ) -> Measurement: ...
 
     def start(self, device: str) -> None: ...
@@ -316,7 +324,10 @@ class _Sweep:
         for config in self.builds.ready(problem, todo, self.deadline - time.monotonic()):
             if self.stop.is_set() or time.monotonic() > self.deadline:
                 return
-            measurement = self.measure(problem, device, config, LAST)
+            try:
+                measurement = self.measure(problem, device, config, LAST)
+            except search.BudgetSpent:
+                return
             self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
 
     def family(self, problem: Tunable) -> dict[Tunable, Config]:
@@ -370,7 +381,13 @@ class _Sweep:
         if (fault := self.builds.fault(problem, config)) is not None:
             return fault
         rounds, window_ms = EFFORTS[effort]
-        return self.pool.measure(device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=self.timeout_s)
+        try:
+            return self.pool.measure(
+                device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=self.timeout_s,
+                prepare_s=max(0.1, self.deadline - time.monotonic()),
+            )  # fmt: skip
+        except TimeoutError as error:  # of a large problem's inputs and reference, which the pool makes first
+            raise search.BudgetSpent(str(error)) from None
 
     def keep(self, problem: Tunable, device: str, name: str, data: dict[str, Any]) -> None:
         if name == "trial":

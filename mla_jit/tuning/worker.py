@@ -157,10 +157,14 @@ class Worker(Child):
         self._ready, self.versions = True, message.get("versions", {})
 
     def ask(self, request: dict[str, Any]) -> Reply | None:
-        """What a request comes to. None if the process had ended before it."""
+        """What a request comes to. None if the process had ended before it.
+
+        TimeoutError if preparing takes longer than a "prepare_s" of the request.
+        """
         self.forget_printed()
         self.say(request)
         timeout_s = left = request["timeout_s"]
+        prepare_s = min(PREPARE_S, request.get("prepare_s", PREPARE_S))
         deadline, phase = time.monotonic() + timeout_s, ""
         found: dict[str, Any] = {}
         while True:
@@ -169,6 +173,8 @@ class Worker(Child):
             except TimeoutError:
                 self.end()
                 status, note = "hang", f"killed after {timeout_s:g} s, while {phase or 'resolving'}"
+                if phase == "preparing" and prepare_s < PREPARE_S:
+                    raise TimeoutError(f"inputs and reference take more than {prepare_s:g} s") from None
                 if phase == "preparing":
                     status, note = (
                         "error",
@@ -185,7 +191,7 @@ class Worker(Child):
                 deadline = time.monotonic() + left
             if message["phase"] == "preparing":
                 left = deadline - time.monotonic()
-                deadline = time.monotonic() + PREPARE_S
+                deadline = time.monotonic() + prepare_s
             if message["phase"] == "done":
                 return Reply(Measurement.from_json(message["measurement"]), message["doubtful"], phase)
             phase = message.pop("phase")

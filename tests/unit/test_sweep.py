@@ -35,7 +35,15 @@ class Bench:
         self.faulty, self.stop_after, self.stop = faulty, stop_after, stop
 
     def measure(
-        self, device: str, problem: DecodeProblem, config: Config, *, rounds: int, window_ms: float, timeout_s: float
+        self,
+        device: str,
+        problem: DecodeProblem,
+        config: Config,
+        *,
+        rounds: int,
+        window_ms: float,
+        timeout_s: float,
+        prepare_s: float,
     ) -> Measurement:
         self.asked.append((device, problem, config))
         self.rounds.append((config, rounds))
@@ -178,6 +186,18 @@ def test_without_time_the_default_is_left_as_it_is(database: store.Store) -> Non
     (done,) = run(problems(2), bench, database, budget_s=0.0)
     assert done.outcome is not None
     assert (done.outcome.stopped, bench.asked, list(database.trials())) == ("budget", [], [])
+
+
+def test_inputs_may_take_what_is_left_of_the_budget(database: store.Store) -> None:
+    class Large(Bench):
+        def measure(self, *arguments: object, prepare_s: float, **more: object) -> Measurement:
+            assert 0 < prepare_s <= 60.0
+            raise TimeoutError(f"inputs and reference take more than {prepare_s:g} s")
+
+    for done in run(problems(2, 3), Large(), database):
+        assert done.outcome is not None
+        assert (done.outcome.stopped, done.outcome.median_us, done.outcome.faults) == ("budget", None, ())
+    assert list(database.trials()) == []
 
 
 def test_an_error_of_the_bench_itself_reaches_the_caller(database: store.Store) -> None:

@@ -259,6 +259,14 @@ def test_the_cpu_is_really_timed() -> None:
     assert few.source_hash != many.source_hash
 
 
+def test_inputs_that_take_longer_than_the_caller_has_are_given_up() -> None:
+    config = DECODE_BLOCKED_CPU.default(SMALL, by_name("cpu"))
+    with Pool(["cpu"], environment={"OMP_NUM_THREADS": "1"}) as pool:
+        with pytest.raises(TimeoutError, match=r"inputs and reference take more than 0\.001 s"):
+            pool.measure("cpu", SMALL, config, rounds=1, prepare_s=0.001)
+        assert pool.measure("cpu", SMALL, config, rounds=1).status == "ok"
+
+
 def test_results_that_are_off_are_told_from_each_other(log: Path) -> None:
     """Lengths of an earlier call that are kept, and NaN read past a sequence's end, are seen too."""
     wants = {
