@@ -30,6 +30,7 @@ from mla_jit.tuning import candidate, search, space
 from mla_jit.tuning.builds import Builds
 from mla_jit.tuning.rows import OK, PROBLEMS, Measurement, Trial, preferred
 from mla_jit.tuning.store import Store
+from mla_jit.tuning.worker import PREPARE_S
 
 EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by effort
 LAST = len(EFFORTS) - 1
@@ -51,7 +52,7 @@ class Measurer(Protocol):
         rounds: int,
         window_ms: float,
         timeout_s: float,
-        prepare_s: float,
+        prepare_s: float = PREPARE_S,
     ) -> Measurement: ...
 
     def start(self, device: str) -> None: ...

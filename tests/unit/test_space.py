@@ -66,7 +66,8 @@ def test_the_file_has_a_space_for_each_variant_and_no_other() -> None:
 SHAPES = [(h, b, n) for h in (16, 64, 128) for b in (1, 4, 16, 64, 128) for n in (1024, 4096, 65536)]
 
 
-def test_usual_problems_on_hopper_have_three_hundred_candidates_made_in_half_a_second() -> None:
+def test_usual_problems_on_hopper_have_hundreds_of_candidates_made_in_half_a_second() -> None:
+    """None of them one of the 240 whose results alone would fill a thread's registers."""
     made(batch=2)  # reads the files
     for heads, batch, length in SHAPES:
         for _ in range(3):  # the least: what else runs here costs time too
@@ -74,7 +75,8 @@ def test_usual_problems_on_hopper_have_three_hundred_candidates_made_in_half_a_s
             found = made(num_heads=heads, batch=batch, max_kv_len=length)
             if (seconds := time.process_time() - started) < 0.5:
                 break
-        assert 300 <= len(found) <= 2500, (heads, batch, length)
+        assert 290 <= len(found) <= 2500, (heads, batch, length)
+        assert all(c["block_m"] * 512 / (32 * c["num_warps"]) < 255 for c in found if c.variant.endswith("_triton"))  # type: ignore[operator]
         assert seconds < 0.5, (heads, batch, length, seconds)
 
 

@@ -43,7 +43,7 @@ class Bench:
         rounds: int,
         window_ms: float,
         timeout_s: float,
-        prepare_s: float,
+        prepare_s: float = 300.0,
     ) -> Measurement:
         self.asked.append((device, problem, config))
         self.rounds.append((config, rounds))

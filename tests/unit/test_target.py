@@ -42,7 +42,7 @@ def test_a_row_is_whole(row: Target):
     assert set(row.dtypes) <= set(DTYPES)
     assert {"bf16", "fp16"} <= set(row.dtypes)
     assert min(row.smem_bytes, row.sms, row.bandwidth_gbps, row.bf16_tflops, row.launch_us) > 0
-    assert set(row.features) <= ({"tma", "mma_m64", "pdl"} if row.runtime == "cuda" else set())
+    assert set(row.features) <= ({"tma", "tmem", "mma_m64", "pdl"} if row.runtime == "cuda" else set())
 
 
 @pytest.mark.parametrize("row", GPUS, ids=lambda row: row.name)
