@@ -24,7 +24,7 @@ class Farm:
     """Compiles `jobs` sources at a time, one a usable CPU if absent. A context manager; safe in threads.
 
     What is asked for comes before what is only expected (`idle`: 1, or more for what is expected later); that takes no
-    more than three quarters of them.
+    more than seven eighths of them.
     """
 
     def __init__(self, jobs: int | None = None):
@@ -80,7 +80,7 @@ class Farm:
         """The next to compile, waiting for one; None once the farm is closed."""
         with self._changed:
             while not self._closed:
-                while self._queue and not (self._queue[0][0] and self._idle >= max(1, self._jobs * 3 // 4)):
+                while self._queue and not (self._queue[0][0] and self._idle >= max(1, self._jobs * 7 // 8)):
                     idle, _, source = heapq.heappop(self._queue)
                     future = self._futures[source]
                     if not future.running() and not future.done() and future.set_running_or_notify_cancel():

@@ -12,7 +12,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -28,7 +28,7 @@ from mla_jit.tuning.space import first_kernel as _kernel
 SEARCHES = ("auto", "exhaustive")
 SHORT, LONGER, PLAYOFF = 0, 1, 2  # efforts
 _SHARE, _LEAST, _MOST = 0.06, 16, 130  # of the candidates that `auto` measures: least part, and bounds
-_COST, _TAIL = 0.09, 15  # where they are many: so large a part, less what the longer measurements cost
+_COST, _TAIL = 0.115, 20  # where they are many: so large a part, less what the longer measurements cost
 _BATCHES = (0.4, 0.3, 0.15, 0.15)  # in which it chooses them, each with what those before have shown
 _KIN_BATCHES = 2  # the last of these are kin of the best
 _KERNELS, _MORE_KERNELS = 0.2, 1.7  # part of the first kernels that it has compiled, and how many times that for kin
@@ -145,10 +145,22 @@ def compiled(problem: Tunable, candidates: Iterable[Config]) -> int:
 
 def kernels(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
     """Of each first kernel the config that is ranked first, in the order of the rank."""
-    found: dict[Any, Config] = {}
-    for config in _ranked(problem, target, candidates):
-        found.setdefault(_kernel(config), config)
-    return list(found.values())
+    return list(_foremost(_ranked(problem, target, candidates), lambda config: {_kernel(config)}))
+
+
+def both_kernels(problem: Tunable, target: Target, candidates: Sequence[Config]) -> list[Config]:
+    """The same, of each first kernel and of each second one."""
+    ranked = _ranked(problem, target, candidates)
+    return list(_foremost(ranked, lambda config: {_kernel(config), (config.variant, *_combined(config))}))
+
+
+def _foremost(ranked: Iterable[Config], parts: Callable[[Config], set[Any]]) -> Iterator[Config]:
+    """The configs of which a part has not been there before."""
+    known: set[Any] = set()
+    for config in ranked:
+        if new := parts(config) - known:
+            known |= new
+            yield config
 
 
 def _ranked(problem: Tunable, target: Target, candidates: Iterable[Config]) -> list[Config]:
@@ -473,7 +485,11 @@ def _kernels_alike(a: tuple[Any, ...], b: tuple[Any, ...]) -> float:
 
 def _rest(config: Config) -> tuple[Any, ...]:
     """How partials are combined, and how work is cut."""
-    return (tuple(v for name, v in config.items_ if name.startswith("combine_")), *map(config.get, _CUT))
+    return (_combined(config), *map(config.get, _CUT))
+
+
+def _combined(config: Config) -> tuple[Any, ...]:
+    return tuple(v for name, v in config.items_ if name.startswith("combine_"))
 
 
 def _group(config: Config) -> tuple[Any, ...]:

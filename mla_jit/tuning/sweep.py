@@ -36,6 +36,7 @@ EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by e
 LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
+_AHEAD = 6  # shapes whose kernels are compiled before their turn
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
 
@@ -266,11 +267,12 @@ class _Sweep:
             self.builds.start(problem, found[:1])
             if found:
                 self.defaults[problem] = found[0]
+            over = threading.Event()
             with ThreadPoolExecutor(1, "mla_jit-expect") as aside:
                 expected = None
                 if self.how == "auto":  # what it, and then later ones, may come to want, while this one is measured
                     self.builds.start(problem, search.first(problem, self.target, found))
-                    expected = aside.submit(self.expect, problem, found)
+                    expected = aside.submit(self.expect, problem, found, over)
                 outcome = search.tune(
                     problem, self.target, found,
                     lambda config, effort: self.measure(problem, device, config, effort),
@@ -278,6 +280,7 @@ class _Sweep:
                     on_event=lambda name, data: self.keep(problem, device, name, data),
                     ready=lambda configs, seconds: self.builds.ready(problem, configs, seconds),
                 )  # fmt: skip
+                over.set()
                 if expected is not None:
                     expected.result()
             if outcome.median_us is not None:
@@ -292,25 +295,22 @@ class _Sweep:
             self.legal[problem] = candidates(problem, self.target)
         return self.legal[problem]
 
-    def expect(self, problem: Tunable, found: Sequence[Config]) -> None:
-        """Has kernels compiled before they are asked for: this problem's, the following one's, those of the next kind.
+    def expect(self, problem: Tunable, found: Sequence[Config], over: threading.Event) -> None:
+        """Has kernels compiled before they are asked for: this problem's, then those of what follows in the sweep.
 
-        The first search of a kind would else wait for compilers; all later ones of a kind share its kernels.
+        A search would else wait for compilers where it is the first with its kernels. Ends early once `over`.
         """
-        later = itertools.islice(self.problems, self.problems.index(problem) + 1, None)
-        following = next(later, None)
-        if following is not None:
+        first = self.problems.index(problem) + 1
+        later = self.problems[first : first + _AHEAD]
+        for following in later[:1]:
             self.builds.start(following, search.first(following, self.target, self.candidates(following)), idle=1)
-        self.builds.start(problem, search.kernels(problem, self.target, found), idle=1)
-        if following is not None:  # of its sizes: kernels that write results, not pieces, where it is cut less
-            kernels = search.kernels(following, self.target, self.candidates(following))
-            self.builds.start(following, kernels, idle=2)
-        ahead = [following] if following is not None else []
-        other = next((p for p in (*ahead, *later) if _kind(p) != _kind(problem)), None)
-        if other is not None:
-            of_other = self.candidates(other)
-            self.builds.start(other, search.first(other, self.target, of_other), idle=2)
-            self.builds.start(other, search.kernels(other, self.target, of_other), idle=3)
+        self.builds.start(problem, search.both_kernels(problem, self.target, found), idle=1)
+        for following in later:
+            if over.is_set() or self.stop.is_set():
+                return
+            theirs = self.candidates(following)
+            self.builds.start(following, search.first(following, self.target, theirs), idle=2)
+            self.builds.start(following, search.both_kernels(following, self.target, theirs), idle=3)
 
     def cross(self, problem: Tunable, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""

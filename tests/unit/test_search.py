@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mla_jit import ops, target
+from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.errors import InvalidInput
 from mla_jit.problem import DecodeProblem
@@ -117,7 +118,7 @@ SHAPES = [
     (16, 1, 1024), (16, 1, 16384), (16, 1, 65536), (16, 4, 4096), (16, 16, 4096), (16, 64, 1024), (16, 64, 16384),
     (16, 128, 4096),
     (64, 1, 4096), (64, 4, 65536), (64, 16, 16384), (64, 64, 4096), (64, 128, 1024),
-    (128, 1, 1024), (128, 1, 65536), (128, 4, 4096), (128, 16, 16384), (128, 64, 4096), (128, 128, 65536),
+    (128, 1, 1024), (128, 1, 65536), (128, 4, 4096), (128, 16, 16384), (128, 64, 4096), (128, 64, 65536),
 ]  # fmt: skip
 
 
@@ -448,6 +449,18 @@ def test_each_first_kernel_is_there_once_in_the_order_of_its_best() -> None:
     for config, time_us in zip(found, times, strict=True):
         alike = [c for c in candidates(SMALL) if search._kernel(c) == search._kernel(config)]
         assert time_us == min(heuristic.predicted_us(SMALL, HOPPER, ROWS[c.variant], c) for c in alike)
+
+
+def test_a_config_each_is_there_of_all_kernels_that_results_are_combined_with() -> None:
+    def kernels(configs: list[Config]) -> set[Source]:
+        return {source for c in configs for source in ROWS[c.variant].sources(SMALL, HOPPER, c)}
+
+    found = search.both_kernels(SMALL, HOPPER, candidates(SMALL))
+    missing = kernels(candidates(SMALL)) - kernels(found)  # those for other numbers of pieces
+    assert {source.name for source in missing} == {"decode_combine_asm", "decode_splitk_triton_combine"}
+    few = kernels(search.kernels(SMALL, HOPPER, candidates(SMALL)))
+    assert len(missing) < len(kernels(candidates(SMALL)) - few)
+    assert len(found) < len(candidates(SMALL)) / 4
 
 
 def test_how_many_are_measured_grows_with_how_many_there_are() -> None:
