@@ -151,7 +151,7 @@ for _ in range({count}):
     made = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
     kernels.schedule[(1,)](
         lens, None, None, *made, len(tiles), groups, overhead, most_pieces, int(even), 3 * len(tiles), 0, 1,
-        PAGE=64, UNIT=64, CP=False, HAS_LENS=True, CHUNK=32, STEPS=steps(len(tiles)),
+        PAGE=64, UNIT=64, CP=False, HAS_LENS=True, WIDE=rng.choice((32, 128)), CHUNK=32, STEPS=steps(len(tiles)),
     )
     want = work_list(tiles, groups, overhead, most_pieces, even=even)
     assert made[0].tolist() == list(want.groups), (tiles, groups, overhead)

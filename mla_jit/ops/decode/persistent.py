@@ -23,7 +23,7 @@ _MODULE = "mla_jit.ops.decode.triton_persistent"
 _PATH = str(Path(__file__).with_name("triton_persistent.py"))
 UNIT = 64  # tokens of a list's tile: a multiple of every block_n, so that a list does not depend on the config
 _LEAST_M = 16  # the least block_m: a list has counts for as many blocks of rows
-_CHUNK = 256  # sequences, or groups, that `schedule` looks at together
+_CHUNK = 256  # groups that `schedule` looks at together
 MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
@@ -122,7 +122,7 @@ def _lists(p: DecodeProblem, names: tuple[str, ...]) -> list[tuple[str, str, Arg
 
 def _steps(batch: int) -> int:
     """In how many a sequence is found among so many: by few sizes, so that few kernels are compiled."""
-    return next((n for n in (8, 12, 16) if batch <= 1 << n), 31)
+    return next((n for n in (8, 10, 12, 16) if batch <= 1 << n), 31)
 
 
 def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
@@ -132,7 +132,7 @@ def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in lengths if name in absent}
     constants |= {
         "PAGE": p.page_size, "UNIT": UNIT, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
-        "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
+        "WIDE": 256 if p.batch <= 256 else 1024, "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
     }  # fmt: skip
     arguments = [(f"{n}_ptr", splitk._pointer(p, target, n), Arg("ptr", n)) for n in lengths if n not in absent]
     numbers = ("batch", "groups", "overhead", "most_pieces", "even", "arrivals", "cp_rank", "cp_world")

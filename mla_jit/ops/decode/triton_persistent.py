@@ -47,17 +47,17 @@ def _cut_line(
     lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, overhead, most_pieces,
     cp_rank, cp_world,
     PAGE: tl.constexpr, UNIT: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """The line cut into equal lengths; into longer ones where a sequence would be in more than most_pieces.
 
     A tile belongs to the group where it begins.
     """
     FINE: tl.constexpr = 16
-    offs = tl.arange(0, CHUNK)
+    offs = tl.arange(0, WIDE)
     total = tl.zeros((), tl.int32)
     longest = tl.zeros((), tl.int32)
-    for b0 in tl.range(0, batch, CHUNK, num_stages=1):
+    for b0 in tl.range(0, batch, WIDE, num_stages=1):
         tiles, costs = _costs(b0 + offs, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
                               HAS_LENS, PAGE, CP, UNIT)  # fmt: skip
         total += tl.sum(costs, 0)
@@ -69,7 +69,7 @@ def _cut_line(
 
     start = tl.zeros((), tl.int32)
     pieces = tl.zeros((), tl.int32)  # that begin where a sequence does
-    for b0 in tl.range(0, batch, CHUNK, num_stages=1):
+    for b0 in tl.range(0, batch, WIDE, num_stages=1):
         b = b0 + offs
         ok = b < batch
         tiles, costs = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, overhead,
@@ -95,8 +95,9 @@ def _cut_line(
         tl.store(sums_ptr + 3 * b + 2, starts, mask=ok)
     tl.debug_barrier()  # the starts are read below
 
+    offs_g = tl.arange(0, CHUNK)
     for g0 in tl.range(0, groups, CHUNK, num_stages=1):
-        g = g0 + offs
+        g = g0 + offs_g
         begin = g * length  # of a group, on the line
         b = tl.zeros((CHUNK,), tl.int32)  # the last sequence that begins no later; empty only where no tile is left
         begun = tl.zeros((CHUNK,), tl.int32)
@@ -127,18 +128,19 @@ def _cut_line(
 @triton.jit
 def _cut_evenly(
     lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, most_pieces, cp_rank, cp_world,
-    PAGE: tl.constexpr, UNIT: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, CHUNK: tl.constexpr,
+    PAGE: tl.constexpr, UNIT: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """As many pieces of each sequence as the groups hold once, most_pieces at most; those without a tile stay empty."""
-    offs = tl.arange(0, CHUNK)
+    offs = tl.arange(0, WIDE)
     count = tl.zeros((), tl.int32)  # of sequences with tokens
-    for b0 in tl.range(0, batch, CHUNK, num_stages=1):
+    for b0 in tl.range(0, batch, WIDE, num_stages=1):
         tiles, _ = _costs(b0 + offs, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, 0, HAS_LENS, PAGE, CP,
                           UNIT)  # fmt: skip
         count += tl.sum((tiles > 0).to(tl.int32), 0)
     share = tl.maximum(tl.minimum(groups // tl.maximum(count, 1), most_pieces), 1)
     before = tl.zeros((), tl.int32)
-    for b0 in tl.range(0, batch, CHUNK, num_stages=1):
+    for b0 in tl.range(0, batch, WIDE, num_stages=1):
         b = b0 + offs
         ok = b < batch
         tiles, _ = _costs(b, batch, lens_ptr, kv_indptr_ptr, last_ptr, cp_rank, cp_world, 0, HAS_LENS, PAGE, CP,
@@ -158,8 +160,9 @@ def _cut_evenly(
         tl.store(sums_ptr + 3 * b + 1, parts, mask=ok)
         tl.store(sums_ptr + 3 * b + 2, piece, mask=ok)
     pieces = count.to(tl.int64) * share
+    offs_g = tl.arange(0, CHUNK)
     for g0 in tl.range(0, groups, CHUNK, num_stages=1):
-        g = g0 + offs
+        g = g0 + offs_g
         tl.store(groups_ptr + g, (g * pieces // groups).to(tl.int32), mask=g < groups)
     tl.store(groups_ptr + groups, pieces.to(tl.int32))
 
@@ -169,9 +172,10 @@ def schedule(
     lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, arrivals_ptr, batch, groups, overhead,
     most_pieces, even, arrivals, cp_rank, cp_world,
     PAGE: tl.constexpr, UNIT: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr,
-    CHUNK: tl.constexpr, STEPS: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program. most_pieces: no sequence is cut into more than so many (at least 1). 2^STEPS >= batch.
+    """One program. most_pieces: no sequence is cut into more than so many (at least 1). WIDE sequences and CHUNK
+    groups are looked at together; 2^STEPS >= batch.
 
     even: 0 to cut the line, 1 to cut all sequences alike. arrivals: how many counts there are.
     """
@@ -180,10 +184,10 @@ def schedule(
         tl.store(arrivals_ptr + a0 + many, tl.zeros_like(many), mask=a0 + many < arrivals)
     if even > 0:
         _cut_evenly(lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, most_pieces,
-                    cp_rank, cp_world, PAGE, UNIT, CP, HAS_LENS, CHUNK)  # fmt: skip
+                    cp_rank, cp_world, PAGE, UNIT, CP, HAS_LENS, WIDE, CHUNK)  # fmt: skip
     else:
         _cut_line(lens_ptr, kv_indptr_ptr, last_ptr, groups_ptr, info_ptr, sums_ptr, batch, groups, overhead,
-                  most_pieces, cp_rank, cp_world, PAGE, UNIT, CP, HAS_LENS, CHUNK, STEPS)  # fmt: skip
+                  most_pieces, cp_rank, cp_world, PAGE, UNIT, CP, HAS_LENS, WIDE, CHUNK, STEPS)  # fmt: skip
 
 
 @triton.jit
