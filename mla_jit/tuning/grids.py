@@ -317,7 +317,8 @@ def database_figures(found: Sequence[DatabaseRow]) -> list[Figure]:
 class RaggedRow:
     """A call by one scheduler, or the kernel that makes a list, in µs: median, least and largest of the runs.
 
-    `kind`: "call"; "list", the kernel alone, of a batch; "full" and "padded", calls without and with empty sequences.
+    `kind`: "call"; "list", the kernel alone, of a batch; "full" and "padded", a layer's calls without and with empty
+    sequences, which read the step's list; "full, list" and "padded, list", the same with a list made in each call.
     `aim_us`: what it is not to exceed. `error` is None where there is no result.
     """
 
@@ -334,7 +335,7 @@ class RaggedRow:
 
 RAGGED_AIMS_US = {16: 216.0, 64: 248.0, 128: 340.0}  # by heads, of 64 log-uniform lengths, the list made in each call
 LIST_AIM_US, LISTED = 6.0, (1, 64, 256)  # of the kernel that makes a list, for these batches
-PADDING_AIM = 1.01  # time with empty sequences ÷ without
+PADDING_AIM = 1.01  # a layer's time with empty sequences ÷ without
 PADDED = tuple((heads, 4096, 128, 1024) for heads in (16, 128))  # heads, length, sequences, with the empty ones
 _LISTS_A_SET = 20  # calls in a row of the kernel that makes a list, in a graph
 
@@ -353,24 +354,34 @@ def ragged_rows(decode: Decode, *, runs: int = 3, rounds: int = 5) -> Iterator[R
     for heads, kv_len, batch, padded in PADDED:
         for kind, empty in (("full", 0), ("padded", padded - batch)):
             shape = bench.Shape(heads, (kv_len,) * batch + (0,) * empty)
-            runners = {"mla_jit": _captured(partial(decode, scheduler="persistent"), batch)}
+            each = partial(decode, scheduler="persistent")
+            runners = {"mla_jit": _captured(each, batch, listed=True), "list": _captured(each, batch, listed=False)}
             found = _timed(shape, runners, runs, rounds)
             label = f"{kv_len} × {heads} heads × {batch}" + (f" + {empty} empty" if empty else "")
             yield _ragged_row(kind, label, "persistent", heads, found.times["mla_jit"], None, found.error)
+            label += ", with its list"
+            yield _ragged_row(f"{kind}, list", label, "persistent", heads, found.times["list"], None, found.error)
 
 
 _WAYS = {"mla_jit": "persistent", "split": "split"}  # by runner
 
 
-def _captured(decode: Decode, filled: int) -> bench.Runner:
-    """Calls as a padded graph makes them: sequences past the first `filled` have no query token (qo_indptr repeats)."""
+def _captured(decode: Decode, filled: int, *, listed: bool) -> bench.Runner:
+    """Calls as a padded graph makes them: sequences past the first `filled` have no query token (qo_indptr repeats).
+
+    listed: as a layer of many makes them, all of which read one list, made before; else each call makes its own.
+    """
 
     def prepare(sets: Sequence[bench.Set]) -> bench.Call:
         lens = sets[0].lens
         tokens = torch.arange(len(lens) + 1, dtype=torch.int32, device=lens.device).clamp(max=filled)
+        more: dict[str, Any] = {"qo_indptr": tokens, "max_q_len": 1}
+        if listed:  # the sets have the same lengths
+            first = sets[0]
+            more["metadata"] = api_metadata.decode_metadata(first.q[:filled, 0], first.cache, **more, **first.keywords)
 
         def call(s: bench.Set) -> torch.Tensor:
-            out: torch.Tensor = decode(s.q[:filled, 0], s.cache, qo_indptr=tokens, max_q_len=1, **s.keywords)
+            out: torch.Tensor = decode(s.q[:filled, 0], s.cache, **more, **s.keywords)
             return out[:, None]
 
         return call
@@ -408,13 +419,18 @@ def ragged_figures(found: Sequence[RaggedRow]) -> list[Figure]:
     split = {row.shape: row.ours_us for row in found if row.kind == "call" and row.scheduler == "split"}
     gains = [split[row.shape] / row.ours_us for row in found if row.scheduler == "persistent" and row.shape in split]
     lists = [row.ours_us for row in found if row.kind == "list"]
-    full = {row.heads: row.ours_us for row in found if row.kind == "full"}
-    padding = [row.ours_us / full[row.heads] for row in found if row.kind == "padded" and row.heads in full]
+    full = {(row.kind, row.heads): row.ours_us for row in found if row.kind.startswith("full")}
+
+    def padding(more: str) -> float | None:
+        rows = [row for row in found if row.kind == f"padded{more}" and (f"full{more}", row.heads) in full]
+        return max((row.ours_us / full[f"full{more}", row.heads] for row in rows), default=None)
+
     return [
         *figures,
         Figure("gain", f"geometric mean of split / persistent over {len(gains)} shapes", _mean(gains)),
         Figure("list_us", "us, the slowest list", max(lists, default=None), LIST_AIM_US, True, ".2f"),
-        Figure("padding", "worst padded / full", max(padding, default=None), PADDING_AIM, True, ".4f"),
+        Figure("padding", "worst padded / full of a layer", padding(""), PADDING_AIM, True, ".4f"),
+        Figure("padding_listed", "worst padded / full with a list in each call", padding(", list"), None, True, ".4f"),
     ]
 
 

@@ -48,7 +48,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def timer(monkeypatch):
     """A GPU that times as it is told: `us(name, shape, seed)`. `asked` lists calls: runner, shape, decode's hint."""
-    made = SimpleNamespace(asked=[], us=lambda name, shape, seed: 100.0)
+    made = SimpleNamespace(asked=[], planned=0, us=lambda name, shape, seed: 100.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
 
@@ -57,6 +57,9 @@ def timer(monkeypatch):
             tokens, lens = keywords.pop("qo_indptr"), keywords["seq_lens"]
             assert torch.equal(tokens.diff(), lens.clamp(max=1))
             assert (len(q), keywords.pop("max_q_len")) == (tokens[-1], 1)
+        if "metadata" in keywords:
+            assert keywords.pop("metadata") == f"a list of {len(keywords['seq_lens'])}"
+            made.planned += 1
         assert set(keywords) == {"kv_lora_rank", "sm_scale", "block_table", "seq_lens"}
         made.asked[-1] += (max_kv_len,) if scheduler is None else (max_kv_len, scheduler)
         return q
@@ -75,6 +78,9 @@ def timer(monkeypatch):
         return bench.Result(shape, times, 0.0, 1e-3 * (seed + 1), bench.roof_us(shape, 4500.0, 762.0))
 
     monkeypatch.setattr(api, "decode", decode)
+    monkeypatch.setattr(
+        api_metadata, "decode_metadata", lambda q, cache, **keywords: f"a list of {len(keywords['seq_lens'])}"
+    )
     monkeypatch.setattr(bench, "bench", fake)
     return made
 
@@ -620,7 +626,8 @@ def test_uneven_lengths_by_both_schedulers(timer, monkeypatch):
         return shape.batch / 64 + seed
 
     monkeypatch.setattr(grids, "_list_us", list_us)
-    timer.us = lambda name, shape, seed: {"mla_jit": 200.0, "split": 250.0}[name] + seed + 1.5 * (0 in shape.lens)
+    us = {"mla_jit": 200.0, "split": 250.0, "list": 203.0}
+    timer.us = lambda name, shape, seed: us[name] + seed + (1.5 if name == "mla_jit" else 4.0) * (0 in shape.lens)
     data = run_json("--grid", "ragged", "--runs", "2")
     calls = [(row["shape"], row["scheduler"], row["heads"], row["ours_us"], row["aim_us"]) for row in data["rows"]]
     assert calls[:6] == [
@@ -631,11 +638,13 @@ def test_uneven_lengths_by_both_schedulers(timer, monkeypatch):
     assert calls[6:9] == [(f"the list of {n} sequences", "persistent", 16, n / 64 + 0.5, 6.0) for n in (1, 64, 256)]
     assert lists == [(n, seed) for n in (1, 64, 256) for seed in (0, 1)]
     assert [row[0] for row in calls[9:]] == [
-        f"4096 × {heads} heads × 128{more}" for heads in (16, 128) for more in ("", " + 896 empty")
+        f"4096 × {heads} heads × 128{more}{listed}"
+        for heads in (16, 128) for more in ("", " + 896 empty") for listed in ("", ", with its list")
     ]  # fmt: skip
-    assert data["padding"] == pytest.approx(202 / 200.5)
+    assert (data["padding"], data["padding_listed"]) == (pytest.approx(202 / 200.5), pytest.approx(207.5 / 203.5))
     assert (data["list_us"], data["persistent_128_us"], data["gain"]) == (4.5, 200.5, pytest.approx(250.5 / 200.5))
     assert data["missed"] == []
+    assert timer.planned == 8  # two shapes, full and padded, in two runs
     assert {asked[3] for asked in timer.asked} == {"persistent", "split"}
     timer.us = lambda name, shape, seed: 220.0 + 5.0 * (0 in shape.lens)
     text = run("--grid", "ragged", "--runs", "1", code=1)
