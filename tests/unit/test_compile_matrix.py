@@ -141,6 +141,10 @@ def allowed_knobs(row: Row) -> bool:
     whole = row.get("page_size", 64) % row.get("block_n", 16) == 0 and row.get("dims", (512, 64))[1] >= 64
     if row.get("tma") and not (there.has("tma") and wide and whole):
         return False
+    results = row.get("block_m", 16) * row.get("dims", (256, 32))[0]
+    threads = row.get("num_warps", 8) * there.triton[2]
+    if results / threads >= there.registers and not there.has("tmem"):
+        return False
     tile = row.get("block_n", 16) * row.get("dims", (256, 32))[0] * (2 if "dtypes" in row and wide else 1)
     return tile * max(1, row.get("num_stages", 1) - 1) <= there.smem_bytes
 
