@@ -27,14 +27,11 @@ class Builds:
         self._target = target
         self._farm = Farm(jobs)
 
-    def start(self, problem: Tunable, configs: Iterable[Config], *, idle: int = 0) -> int:
-        """Begins with the kernels of these configs; `idle`: as Farm has it. How many of them are new to it."""
-        new = 0
+    def start(self, problem: Tunable, configs: Iterable[Config], *, idle: int = 0) -> None:
+        """Begins with the kernels of these configs; `idle`: as Farm has it."""
         for config in configs:
             for source in self._sources(problem, config):
-                new += self._farm.get(source) is None
                 self._farm.submit(source, idle=idle)
-        return new
 
     def ready(self, problem: Tunable, configs: Sequence[Config], seconds: float) -> Iterator[Config]:
         """The configs, each when its kernels are compiled or refused; after `seconds` those that are left."""

@@ -45,16 +45,9 @@ class Measurer(Protocol):
     """What a sweep needs of pool.Pool."""
 
     def measure(
-        self,
-        device: str,
-        problem: Tunable,
-        config: Config,
-        *,
-        rounds: int,
-        window_ms: float,
-        timeout_s: float,
+        self, device: str, problem: Tunable, config: Config, *, rounds: int, window_ms: float, timeout_s: float,
         prepare_s: float = PREPARE_S,
-    ) -> Measurement: ...
+    ) -> Measurement: ...  # fmt: skip
 
     def start(self, device: str) -> None: ...
 
@@ -243,6 +236,7 @@ class _Sweep:
     winners: dict[Tunable, Config] = field(default_factory=dict)
     defaults: dict[Tunable, Config] = field(default_factory=dict)
     default_us: dict[Tunable, float] = field(default_factory=dict)
+    expected: set[Tunable] = field(default_factory=set)  # problems whose kernels are asked for ahead
     families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -306,11 +300,14 @@ class _Sweep:
             self.builds.start(following, search.first(following, self.target, self.candidates(following)), idle=1)
         self.builds.start(problem, search.both_kernels(problem, self.target, found), idle=1)
         for following in later:
+            if following in self.expected:
+                continue
             if over.is_set() or self.stop.is_set():
                 return
             theirs = self.candidates(following)
             self.builds.start(following, search.first(following, self.target, theirs), idle=2)
             self.builds.start(following, search.both_kernels(following, self.target, theirs), idle=3)
+            self.expected.add(following)
 
     def cross(self, problem: Tunable, device: str) -> None:
         """Times what is best at other lengths at this problem's, as in a playoff."""

@@ -23,7 +23,7 @@ _MODULE = "mla_jit.ops.decode.triton_persistent"
 _PATH = str(Path(__file__).with_name("triton_persistent.py"))
 UNIT = 64  # tokens of a list's tile: a multiple of every block_n, so that a list does not depend on the config
 _LEAST_M = 16  # the least block_m: a list has counts for as many blocks of rows
-_CHUNK = 256  # groups that `schedule` looks at together
+_CHUNK, _WIDE = 256, 1024  # groups, or sequences, that `schedule` looks at together; sequences of large batches
 MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
@@ -132,7 +132,7 @@ def _schedule(p: DecodeProblem, target: Target, config: Config) -> Parts:
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in lengths if name in absent}
     constants |= {
         "PAGE": p.page_size, "UNIT": UNIT, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
-        "WIDE": 256 if p.batch <= 256 else 1024, "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
+        "WIDE": _CHUNK if p.batch <= _CHUNK else _WIDE, "CHUNK": _CHUNK, "STEPS": _steps(p.batch),
     }  # fmt: skip
     arguments = [(f"{n}_ptr", splitk._pointer(p, target, n), Arg("ptr", n)) for n in lengths if n not in absent]
     numbers = ("batch", "groups", "overhead", "most_pieces", "even", "arrivals", "cp_rank", "cp_world")

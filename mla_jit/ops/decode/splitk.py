@@ -126,7 +126,7 @@ def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
     results = config.int("block_m") * _pow2(p.kv_lora_rank, 16)
     a_thread = results // (config.int("num_warps") * int(target.triton[2]))
     if a_thread >= target.registers and not target.has("tmem"):
-        return f"{results} results of a block take {a_thread} registers of a thread, all {target.registers}: more warps"
+        return f"a block's results take {a_thread} registers of a thread, which has {target.registers}; use more warps"
     tile = config.int("block_n") * _pow2(p.kv_lora_rank, 16) * kv.bytes
     if tile * max(1, config.int("num_stages") - 1) > target.smem_bytes:
         return f"{config.int('num_stages')} stages of {tile} bytes exceed {target.smem_bytes} bytes of shared memory"
