@@ -1,17 +1,18 @@
-"""The public functions. A warm call is: one key, one dict lookup, the output's allocation, one launch a kernel."""
+"""The public functions. A warm call is: one dict lookup, the output's allocation, one launch a kernel."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mla_jit import api_metadata, plan, target
+from mla_jit import api_guards, api_metadata, plan, target
 from mla_jit.api_metadata import DecodeMetadata, check_metadata, loading_forbidden
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import InvalidInput
@@ -24,10 +25,12 @@ from mla_jit.tuning.rows import PROBLEMS
 
 _OPERANDS = (
     "q", "q_pe", "kv", "kpe", "scales", "table", "lens", "kv_indptr", "last", "qo_indptr", "sinks", "q_scale",
-    "kv_scale", "out", "lse", "workspace", "groups", "info", "sums", "arrivals",
+    "kv_scale", "out", "lse", "groups", "info", "sums", "arrivals",
 )  # fmt: skip
-_OUT, _LSE, _WORKSPACE = _OPERANDS.index("out"), _OPERANDS.index("lse"), _OPERANDS.index("workspace")
+_TABLE, _OUT, _LSE = (_OPERANDS.index(name) for name in ("table", "out", "lse"))
+_WORKSPACE = -1  # behind the operands of a call, however many it has
 _MOST = 16384  # call signatures kept
+_RECENT = 4  # calls with the same flags that are recognised without hashing their signature
 _SIZE_OF = {  # of the workspace: what says it, by op
     "decode": "decode_plan(...).workspace_bytes", "prefill": "last_dispatch().workspace_bytes of a like call",
 }  # fmt: skip
@@ -55,6 +58,8 @@ class _Call(NamedTuple):
 
 Cache: TypeAlias = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 _calls: dict[tuple[Any, ...], _Call] = {}
+# By flags the latest calls: (whether tensors are like that call's, which of the operands are tensors, the call).
+_recent: dict[tuple[Any, ...], tuple[tuple[Callable[..., bool], Callable[[Any], Any], _Call], ...]] = {}
 _workspaces: dict[tuple[int, int], Tensor] = {}
 _last: Dispatch | None = None
 _passing = threading.local()
@@ -139,45 +144,46 @@ def decode(
         raise InvalidInput(
             f"metadata is for the persistent scheduler: pass what decode_metadata returns, or None, not {metadata!r}"
         )
-    # The key holds all that the binding below depends on: shapes, strides, dtypes, devices, alignment, flags.
+    # `flags` and the signatures of `operands` are all that the binding below depends on: shapes, strides, dtypes,
+    # devices, alignment, flags.
     try:
-        pair = q0, q1 = q if isinstance(q, (tuple, list)) else (q, q)
-        caches = kv_cache if isinstance(kv_cache, (tuple, list)) else (kv_cache, kv_cache)
-        scales: Any = None
-        if scaled := len(caches) == 3:
-            kv0, scales, kv1 = caches
-            kv1 = kv0 if kv1 is None else kv1  # without a rotary part any pointer will do
-        else:
-            kv0, kv1 = caches
-        parts: Any = None
-        if q0 is not q1 or kv0 is not kv1 or scaled:
-            parts = (type(q), type(kv_cache), *map(_tensor_key, pair), *map(_tensor_key, caches), kv1.data_ptr() & 15)
-        rare: Any = None
-        if not (kv_indices is kv_indptr is qo_indptr is sinks is q_scale is kv_scale is kv_last_page_lens is None):
-            rare = (
-                _tensor_key(kv_indptr), kv_indices is not None and (kv_indices.dtype, kv_indices.get_device(),
-                kv_indices.stride()),
-                _tensor_key(kv_last_page_lens), _tensor_key(qo_indptr), _tensor_key(sinks), _scale_key(q_scale),
-                _scale_key(kv_scale),
-            )  # fmt: skip
-        key = (
-            q0.shape, q0.stride(), q0.dtype, q0.get_device(), kv0.shape, kv0.stride(), kv0.dtype, kv0.get_device(),
-            (q0.data_ptr() | q1.data_ptr()) & 15, kv0.data_ptr() & 15, parts, rare,
-            None if block_table is None else (block_table.shape, block_table.stride(), block_table.dtype,
-            block_table.get_device()),
-            None if seq_lens is None else (seq_lens.shape, seq_lens.stride(), seq_lens.dtype, seq_lens.get_device()),
+        q0, q1 = q if isinstance(q, (tuple, list)) else (q, None)
+        kv0: Any = kv_cache
+        scales, kv1 = None, None
+        if isinstance(kv_cache, (tuple, list)):
+            kv0, scales, kv1 = kv_cache if len(kv_cache) == 3 else (kv_cache[0], None, kv_cache[1])
+        operands: list[Any] = [
+            q0, q1, kv0, kv1, scales, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr,
+            kv_last_page_lens, qo_indptr, sinks, q_scale, kv_scale, out, lse,
+        ]  # fmt: skip
+        if metadata is not None:
+            operands += metadata
+        flags = (
+            type(q), type(kv_cache), q0.data_ptr() & 15, kv0.data_ptr() & 15,
+            None if q1 is None else q1.data_ptr() & 15, None if kv1 is None else kv1.data_ptr() & 15, scales is None,
+            block_table is None, seq_lens is None,
+            kv_indices is kv_indptr is qo_indptr is sinks is q_scale is kv_scale is kv_last_page_lens is None or (
+                kv_indices is None, kv_indptr is None, kv_last_page_lens is None, qo_indptr is None, sinks is None,
+                _scale_kind(q_scale), _scale_kind(kv_scale),
+            ),
             None if max_kv_len is None else (max_kv_len > 0, (max_kv_len - 1).bit_length()),
-            None if total_kv is None else (total_kv - 1).bit_length(), None if out is None else _out_key(out),
-            None if lse is None else _out_key(lse), kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank,
-            cp_world,
-            out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, scheduler,
-            None if metadata is None else (*map(_tensor_key, metadata),),
+            None if total_kv is None else (total_kv - 1).bit_length(), None if out is None else out.data_ptr() & 15,
+            None if lse is None else lse.data_ptr() & 15, kv_lora_rank, sm_scale, max_q_len, causal, logit_cap, cp_rank,
+            cp_world, out_dtype, return_lse, lse_base, num_kv_splits, batch_invariant, scheduler, metadata is None,
         )  # fmt: skip
+        call = None
+        for same, pick, alike in _recent.get(flags, ()):
+            if same(*pick(operands)):
+                call = alike
+                break
+        else:
+            key = flags, *_signatures(operands, kv_indices is not None)
+            if (call := _calls.get(key)) is not None:
+                _remember(flags, operands, kv_indices is not None, call)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidInput(
             f"q, kv_cache and the index arguments must be tensors, or pairs of tensors (a triple with scales): {error}"
         ) from error
-    call = _calls.get(key)
     if call is None:
         if metadata is not None:
             if scheduler == "split":
@@ -194,10 +200,11 @@ def decode(
             scheduler=scheduler, planned=metadata is not None,
             groups=None if metadata is None else metadata.cut_for,
         ), metadata)  # fmt: skip
+        _remember(flags, operands, kv_indices is not None, call)
     if out is None:
-        out = call.allocate(call.out_shape, call.out_strides, call.out_dtype)
+        operands[_OUT] = out = call.allocate(call.out_shape, call.out_strides, call.out_dtype)
     if lse is None and call.lse:
-        lse = call.allocate(call.out_shape[:-1], call.lse_strides, torch.float32)
+        operands[_LSE] = lse = call.allocate(call.out_shape[:-1], call.lse_strides, torch.float32)
     global _last
     _last = call.dispatch
     if call.bound is None:
@@ -207,16 +214,31 @@ def decode(
         _check_workspace(workspace, call, q0)
     else:  # with one split the kernel takes the pointer and does not use it
         workspace = _workspace(call, stream) if call.workspace_bytes else out
-    operands: tuple[Any, ...] = (
-        q0, q1, kv0, kv1, scales, block_table if kv_indices is None else kv_indices, seq_lens, kv_indptr,
-        kv_last_page_lens, qo_indptr, sinks,
-        q_scale, kv_scale, out, lse, workspace,
-    )  # fmt: skip
-    if metadata is not None:
-        operands += metadata
-    pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
-    call.bound.run(pointers, call.floats, stream)
+    operands.append(workspace)
+    call.bound.run([operands[i].data_ptr() + offset for i, offset in call.spec], call.floats, stream)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def _scale_kind(value: Any) -> Any:
+    return Tensor if isinstance(value, Tensor) else value
+
+
+def _signatures(operands: Sequence[Any], listed: bool) -> list[Any]:
+    """Of each tensor what a key holds; how long a `listed` table is changes from step to step and does not matter."""
+    found: list[Any] = [None if isinstance(t, (int, float)) else _tensor_key(t) for t in operands]
+    if listed:
+        found[_TABLE] = found[_TABLE][1:]
+    return found
+
+
+def _remember(flags: tuple[Any, ...], operands: Sequence[Any], listed: bool, call: _Call) -> None:
+    """Puts a call first among the recent ones with its flags."""
+    here = [i for i, t in enumerate(operands) if isinstance(t, Tensor)]
+    same = api_guards.alike([operands[i] for i in here], free=here.index(_TABLE) if listed else None)
+    if same is not None:
+        if len(_recent) >= _MOST:
+            _recent.clear()
+        _recent[flags] = ((same, operator.itemgetter(*here), call), *_recent.get(flags, ())[: _RECENT - 1])
 
 
 def _tensor_key(t: Tensor | None) -> Any:
@@ -280,6 +302,8 @@ def _place(name: str, offset: int, inputs: DecodeInputs, executable: Executable)
     problem = inputs.problem
     if name == "q_pe" and not problem.q_split:
         return _OPERANDS.index("q"), problem.kv_lora_rank * DTYPES[problem.q_dtype].bytes + offset
+    if name == "kpe" and not problem.rope_dim and problem.layout != "joint":
+        return _OPERANDS.index("kv"), offset  # not read
     if name == "kpe" and problem.layout == "joint":
         return _OPERANDS.index("kv"), problem.kv_lora_rank * DTYPES[problem.kv_dtype].bytes + offset
     return _OPERANDS.index(name), offset
@@ -464,4 +488,5 @@ def reload() -> None:
     """Forgets all resolved choices: the next calls resolve again. Compiled kernels stay in the cache."""
     plan.forget()
     _calls.clear()
+    _recent.clear()
     api_metadata.forget()

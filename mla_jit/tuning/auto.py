@@ -94,6 +94,7 @@ def _forget_unmeasured() -> None:
     for signature, call in list(api._calls.items()):
         if not stays(call.executable):
             api._calls.pop(signature, None)
+    api._recent.clear()
 
 
 class _Tuner:

@@ -8,9 +8,10 @@ kernels is measured in overhead.py.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -134,6 +135,18 @@ def worst_row(out: torch.Tensor, s: Set, sequences: Sequence[int]) -> float:
     return worst
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage is collected within: a graph or a module that is destroyed while another is captured ends that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def graph_of(run: Call, sets: Sequence[Set]) -> torch.cuda.CUDAGraph:
     """One graph with a call on each set."""
     stream = torch.cuda.Stream()
@@ -143,7 +156,7 @@ def graph_of(run: Call, sets: Sequence[Set]) -> torch.cuda.CUDAGraph:
         run(sets[-1])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _uncollected(), torch.cuda.graph(graph):
         for s in sets:
             run(s)
     return graph

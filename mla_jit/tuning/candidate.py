@@ -81,6 +81,7 @@ def attempt(
         return Measurement(OK, median_us=median, spread_us=max(times) - min(times), **found), False
     except (Exception, SystemExit) as error:  # whatever a candidate raises is its result, with the reason
         fault = error if isinstance(error, Fault) else fault_of(error)
+        error.__traceback__ = error.__context__ = None  # whose frames hold this one, and a graph: else garbage
         doubtful = fault.doubtful or not _sound(device)
         return Measurement(fault.status, note=" ".join(fault.note.split())[:500], **found), doubtful
 

@@ -38,7 +38,15 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("tuning tuning.rows tuning.space tuning.heuristic tuning.store tuning.shipped tuning.lookup",),
     ("plan",),
-    ("api api_metadata api_prefill torch_ops", "tuning.search", "tuning.report", "ahead", "explain", "trial", "doctor"),
+    (
+        "api api_guards api_metadata api_prefill torch_ops",
+        "tuning.search",
+        "tuning.report",
+        "ahead",
+        "explain",
+        "trial",
+        "doctor",
+    ),
     (  # times the public functions beside the peers
         (
             "tuning.bench tuning.stand tuning.prompts tuning.prefill_grid "

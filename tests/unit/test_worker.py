@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,6 +228,34 @@ def test_an_illegal_candidate_is_not_built(changes: dict[str, object], config: C
     found = run_candidate(problem, config, "cpu", 2, 0.1, say=lambda phase, **known: phases.append(phase))
     assert (found.status, found.median_us, phases) == ("illegal", None, [])
     assert reason in found.note
+
+
+@pytest.mark.parametrize("status", ["wrong", ""])
+def test_what_a_faulty_candidate_held_is_gone_with_it(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at some later collection: a graph that is destroyed while the next one is captured ends that one's."""
+
+    class Graph:
+        pass
+
+    held: list[weakref.ref[Graph]] = []
+
+    def figures(*_: Any) -> None:
+        graph = Graph()
+        held.append(weakref.ref(graph))
+        try:
+            raise ValueError("first")
+        except ValueError:
+            raise (stand.Fault(status, "off") if status else RuntimeError("off"))  # noqa: B904
+
+    monkeypatch.setattr(candidate, "_figures", figures)
+    gc.disable()
+    try:
+        found = run_candidate(SMALL, DECODE_BLOCKED_CPU.default(SMALL, by_name("cpu")), "cpu", 2, 0.1)
+        gone = held[0]() is None
+    finally:
+        gc.enable()
+    assert found.status == (status or "error")
+    assert gone
 
 
 def test_a_stop_by_the_user_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
