@@ -40,7 +40,7 @@ class _Call(NamedTuple):
     """A call signature, bound: what the warm path needs and nothing else."""
 
     bound: Bound | None  # None: nothing to compute, or a host variant
-    spec: tuple[tuple[int, int], ...]  # of each pointer: which operand, plus how many bytes
+    pointers: Callable[[Any], tuple[int, ...]]  # of its operands, as `bound` takes them
     floats: tuple[float, ...]
     out_shape: tuple[int, ...]
     out_strides: tuple[int, ...]
@@ -215,7 +215,7 @@ def decode(
     else:  # with one split the kernel takes the pointer and does not use it
         workspace = _workspace(call, stream) if call.workspace_bytes else out
     operands.append(workspace)
-    call.bound.run([operands[i].data_ptr() + offset for i, offset in call.spec], call.floats, stream)
+    call.bound.run(call.pointers(operands), call.floats, stream)
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
@@ -283,8 +283,8 @@ def _resolve(
         floats = tuple(inputs.floats[name] for name in bound.float_names)
     on_gpu = device.type == "cuda"
     call = _Call(
-        bound, spec, floats, inputs.out_shape, _contiguous(inputs.out_shape), _contiguous(inputs.out_shape[:-1]),
-        out_dtype,
+        bound, api_guards.pointers(spec), floats, inputs.out_shape, _contiguous(inputs.out_shape),
+        _contiguous(inputs.out_shape[:-1]), out_dtype,
         getattr(problem, "lse", True), 0 if empty else executable.workspace_bytes, index, _allocator(device),
         torch._C._cuda_getCurrentRawStream if on_gpu else lambda _: 0,
         torch._C._cuda_isCurrentStreamCapturing if on_gpu else lambda: False, executable.dispatch, executable,

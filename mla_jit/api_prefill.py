@@ -106,7 +106,7 @@ def prefill(
         operands: tuple[Any, ...] = (
             q, k, v, qo_indptr, kv_indptr, q_scale, k_scale, v_scale, out, lse, workspace,
         )  # fmt: skip
-        call.bound.run([operands[i].data_ptr() + offset for i, offset in call.spec], call.floats, stream)
+        call.bound.run(call.pointers(operands), call.floats, stream)
     elif (host := call.executable.variant.host) is not None and out.numel():
         host(call.executable.problem, call.executable.config, prefill_inputs(
             q, k, v, qo_indptr=qo_indptr, kv_indptr=kv_indptr, max_q_len=max_q_len, sm_scale=sm_scale,
@@ -199,8 +199,7 @@ def merge_state(
     api._last = call.dispatch
     if call.bound is not None:
         operands = (*states, out, lse)
-        pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
-        call.bound.run(pointers, call.floats, call.stream_of(call.device))
+        call.bound.run(call.pointers(operands), call.floats, call.stream_of(call.device))
     elif (host := call.executable.variant.host) is not None and out.numel():
         inputs = merge_inputs(out_a, lse_a, out_b, lse_b, out=out, lse=lse, lse_base=lse_base)
         host(call.executable.problem, call.executable.config, inputs)
@@ -228,8 +227,7 @@ def reduce_partials(
         call = api._resolve(key, reduce_inputs(*operands, tile_q), place=_place_partial)
     api._last = call.dispatch
     if call.bound is not None:
-        pointers = [operands[i].data_ptr() + offset for i, offset in call.spec]
-        call.bound.run(pointers, call.floats, call.stream_of(call.device))
+        call.bound.run(call.pointers(operands), call.floats, call.stream_of(call.device))
     elif (host := call.executable.variant.host) is not None and out.numel():
         host(call.executable.problem, call.executable.config, reduce_inputs(*operands, tile_q))
     return out

@@ -7,6 +7,7 @@ belongs to a device. Handles are dropped in a forked child, where CUDA cannot be
 from __future__ import annotations
 
 import ctypes
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -57,11 +58,11 @@ class CudaBound:
         self._pack, self._block = packed.call.pack_into, packed.block
         self._maps: list[tuple[int, int, int, dict[str, Any], Arg]] = []
         self._encoded: dict[tuple[int, int], tuple[int, Any]] = {}
-        self._mapped: list[int] = []
+        self._mapped: Any = None
         for number, position, parameter, arg in packed.maps:
             box = artifacts[launches[number].kernel].extra["tma"][parameter]
             self._maps.append((packed.operands.index((arg.name, arg.offset)), number, position, box, arg))
-        self._map_operands = [operand for operand, *_ in self._maps]
+        self._of_maps = operator.itemgetter(*(operand for operand, *_ in self._maps)) if self._maps else None
         self._calls = []
         self._watched = [a for a in artifacts if a.extra.get("barriers")]
         self._hung = runtime.hung
@@ -101,7 +102,7 @@ class CudaBound:
             return
         with self._lock:
             self._pack(self._block, 0, *pointers, *floats)
-            if self._maps and self._mapped != (mapped := [pointers[i] for i in self._map_operands]):
+            if self._of_maps is not None and self._mapped != (mapped := self._of_maps(pointers)):
                 if len(self._encoded) + len(self._maps) > _MAPS_KEPT:
                     self._encoded.clear()
                 for i, (operand, number, position, box, arg) in enumerate(self._maps):

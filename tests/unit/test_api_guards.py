@@ -203,3 +203,12 @@ def test_tensors_are_alike() -> None:
     assert free(a, torch.zeros(9, dtype=torch.int32))
     assert not free(a, torch.zeros(9, dtype=torch.int64))
     assert not free(torch.zeros(9, 3), b)
+
+
+def test_pointers_are_those_of_the_spec() -> None:
+    operands = [torch.zeros(4), None, torch.zeros(4), torch.zeros(4)]
+    spec = ((2, 0), (0, 16), (2, 8), (-1, 0), (0, 16))
+    expected = [operands[i].data_ptr() + offset for i, offset in spec]  # type: ignore[union-attr]
+    assert list(api_guards.pointers(spec)(operands)) == expected
+    assert api_guards.pointers(())(operands) == ()
+    assert api_guards.pointers(((0, 4),))(operands) == (operands[0].data_ptr() + 4,)  # type: ignore[union-attr]
