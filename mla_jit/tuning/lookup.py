@@ -408,7 +408,12 @@ def configs(
 
 
 def robust(trials: Iterable[Trial]) -> Config | None:
-    """The config with the least worst ratio to the fastest, over the cases in which it was timed; None if only one.
+    """The config with the best worst case over the lengths of these trials, sorted by problem; None if only one."""
+    return next(iter(by_worst_case(trials)), None)
+
+
+def by_worst_case(trials: Iterable[Trial]) -> list[Config]:
+    """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
     A case is a length with a mean length. Only configs that were timed in the most cases count: of the others the worst
     is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.
@@ -427,7 +432,7 @@ def robust(trials: Iterable[Trial]) -> Config | None:
             ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
     most = max(map(len, ratios.values()), default=0)
     widest = [config for config in ratios if len(ratios[config]) == most > 1]
-    return min(widest, key=lambda config: (max(ratios[config]), *simplest(config)), default=None)
+    return sorted(widest, key=lambda config: (max(ratios[config]), *simplest(config)))
 
 
 def forget() -> None:

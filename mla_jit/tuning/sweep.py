@@ -26,7 +26,7 @@ from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CompileError, InvalidInput, NoVariant
 from mla_jit.problem import MIXES, DecodeProblem, PrefillProblem, Tunable, bucket
 from mla_jit.target import Target
-from mla_jit.tuning import candidate, search, space
+from mla_jit.tuning import candidate, lookup, search, space
 from mla_jit.tuning.builds import Builds
 from mla_jit.tuning.rows import OK, PROBLEMS, Measurement, Trial, preferred
 from mla_jit.tuning.store import Store
@@ -36,6 +36,7 @@ EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by e
 LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
+_STEADY = 3  # configs with the best worst cases over a family's lengths that are timed at each
 _AHEAD = 6  # shapes whose kernels are compiled before their turn
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
@@ -238,6 +239,7 @@ class _Sweep:
     default_us: dict[Tunable, float] = field(default_factory=dict)
     expected: set[Tunable] = field(default_factory=set)  # problems whose kernels are asked for ahead
     families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
+    steady: dict[Tunable, list[Config]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
@@ -310,12 +312,13 @@ class _Sweep:
             self.expected.add(following)
 
     def cross(self, problem: Tunable, device: str) -> None:
-        """Times what is best at other lengths at this problem's, as in a playoff."""
+        """Times what is best at other lengths, and over all lengths, at this problem's, as in a playoff."""
         family = self.family(problem)
         found = dict.fromkeys(config for kin, config in family.items() if kin != problem)
         if found:  # and what a call without hints has without a database
             longest = max(family, key=lambda kin: (kin.max_kv_len, kin.total_kv is None))
             found |= dict.fromkeys(candidates(longest, self.target)[:1])
+            found |= dict.fromkeys(self.steadiest(problem))
         known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
         legal = _legal(problem, self.target)
         todo = [config for config in found if config not in known and legal(config)]
@@ -339,6 +342,19 @@ class _Sweep:
                 mine = {p: config for p, config in self.winners.items() if _but_lengths(p) == kind}
                 self.families[kind] = found | mine
             return self.families[kind]
+
+    def steadiest(self, problem: Tunable) -> list[Config]:
+        """The configs with the best worst cases over the family's lengths, of those that were timed at each of them.
+
+        So far, by whatever effort: where searches were exhaustive, one may be good everywhere that is nowhere the best.
+        """
+        kind = _but_lengths(problem)
+        with self.lock:
+            if kind not in self.steady:
+                fields = {name: value for name, value in problem.fields().items() if name not in problem.LENGTHS}
+                rows = self.current(self.store.trials(**fields, status=OK, **self.place))
+                self.steady[kind] = lookup.by_worst_case(sorted(rows, key=lambda t: str(t.problem)))[:_STEADY]
+            return self.steady[kind]
 
     def earlier(
         self, mine: Sequence[Tunable], problems: Sequence[Tunable]

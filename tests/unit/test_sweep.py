@@ -249,6 +249,32 @@ def test_the_best_of_other_lengths_are_timed_at_each_length(database: store.Stor
         assert timed[problem] >= {*(winners[p] for p in wanted), done_.outcome.winner}
 
 
+def test_what_is_good_at_each_length_and_best_at_none_is_timed_and_serves_calls_without_hints(
+    database: store.Store,
+) -> None:
+    wanted = of_lengths(256, 1024, 2048)
+    known = sweep.candidates(wanted[0], CPU)[5:]
+    steady, *others = [c for c in known if all(c in sweep.candidates(p, CPU) for p in wanted)][:31]
+    best = [others[:10], others[10:20], others[20:]]  # by length; more than a playoff takes
+
+    class Uneven(Bench):
+        def measure(self, device: str, problem: DecodeProblem, config: Config, **more: Any) -> Measurement:
+            found = super().measure(device, problem, config, **more)
+            mine = best[wanted.index(problem)]
+            time = 10.0 + mine.index(config) / 100 if config in mine else 11.0 if config == steady else 20.0
+            return dataclasses.replace(found, median_us=time)
+
+    done = run(wanted, Uneven(), database, how="exhaustive")
+    assert all(d.outcome is not None and d.outcome.winner in mine for d, mine in zip(done, best, strict=True))
+    for problem in wanted:
+        assert steady in {t.config for t in database.trials(problem=problem, effort=sweep.LAST)}
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        choice = plan.choose(dataclasses.replace(wanted[-1], hinted=False), CPU)
+    plan.forget()
+    assert choice.config == steady
+
+
 def test_what_is_best_for_a_like_shape_takes_part(database: store.Store) -> None:
     first, second = of_lengths(256, 512)
     good = max(sweep.candidates(first, CPU), key=lambda c: c.to_json())
