@@ -39,9 +39,12 @@ def every(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU
         from mla_jit.ops.prefill.gluon import PREFILL_GLUON
         from mla_jit.ops.prefill.persistent import PREFILL_PERSISTENT_TRITON
+        from mla_jit.ops.prefill.persistent_gluon import PREFILL_PERSISTENT_GLUON
         from mla_jit.ops.prefill.tiles import PREFILL_TRITON
 
-        return (PREFILL_GLUON, PREFILL_TRITON, PREFILL_PERSISTENT_TRITON, PREFILL_BLOCKED_CPU)
+        return (
+            PREFILL_GLUON, PREFILL_TRITON, PREFILL_PERSISTENT_GLUON, PREFILL_PERSISTENT_TRITON, PREFILL_BLOCKED_CPU,
+        )  # fmt: skip
     if op == "merge":
         from mla_jit.ops.merge.rows import MERGE_CPU, MERGE_TRITON
 

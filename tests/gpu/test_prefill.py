@@ -18,7 +18,10 @@ from mla_jit.ops.prefill.inputs import prefill_inputs
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
-SCHEDULERS = {"tiles": ("prefill_gluon", "prefill_triton"), "persistent": ("prefill_persistent_triton",)}
+SCHEDULERS = {
+    "tiles": ("prefill_gluon", "prefill_triton"),
+    "persistent": ("prefill_persistent_gluon", "prefill_persistent_triton"),
+}
 PROMPTS = tuple(dataclasses.replace(case, scheduler=name) for case in cases.GPU for name in SCHEDULERS)
 Result = tuple[torch.Tensor, torch.Tensor | None]
 

@@ -1,18 +1,25 @@
-"""prefill_gluon: what needs no GPU. Its blocks are ordered as prefill_triton's are, and it compiles without spills."""
+"""prefill_gluon and prefill_persistent_gluon: what needs no GPU.
+
+Their blocks are ordered as prefill_triton's are, and they compile without spills.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 from mla_jit import plan, target
+from mla_jit.compile.artifact import Artifact
 from mla_jit.compile.triton import compile_source
 from mla_jit.ops import prefill
-from mla_jit.ops.prefill import gluon
+from mla_jit.ops.prefill import gluon, persistent, persistent_gluon
 from mla_jit.problem import PrefillProblem
 
 HOPPER = target.targets()["sm_90"]
@@ -38,6 +45,7 @@ def test_both_kernels_order_blocks_alike() -> None:
     assert [ast.dump(s) for s in mine.body] == [ast.dump(s) for s in other.body]
 
 
+@pytest.mark.parametrize("row", [gluon, persistent_gluon], ids=["tiles", "persistent"])
 @pytest.mark.parametrize(
     ("changes", "tunables"),
     [
@@ -49,14 +57,15 @@ def test_both_kernels_order_blocks_alike() -> None:
     ],
     ids=["plain", "much", "scales", "128", "64"],
 )  # fmt: skip
-def test_compiles_without_spills(changes: dict[str, Any], tunables: dict[str, int]) -> None:
+def test_compiles_without_spills(changes: dict[str, Any], tunables: dict[str, int], row: Any) -> None:
     problem = dataclasses.replace(LONG, **changes)
-    config = gluon.default(problem, HOPPER).replace(**tunables)
-    assert gluon.rejects(problem, HOPPER, config) is None
-    artifact = compile_source(gluon.sources(problem, HOPPER, config)[0])
+    config = row.default(problem, HOPPER).replace(**tunables)
+    assert row.rejects(problem, HOPPER, config) is None
+    artifact = compile_source(row.sources(problem, HOPPER, config)[0])
     assert (artifact.threads, artifact.spill_bytes, artifact.registers) == (384, 0, 168)
     tiles = 128 * problem.qk_dim + config.int("num_stages") * config.int("block_n") * (problem.qk_dim + problem.v_dim)
     assert 2 * tiles < artifact.smem_bytes <= 2 * tiles + 1024
+    assert products_overlap(artifact)
     assert list(artifact.extra["tma"]) == ["k_desc", "v_desc"]
     assert all(box["block_size"] == [config.int("block_n"), 64] for box in artifact.extra["tma"].values())
 
@@ -79,6 +88,45 @@ def test_says_why_not(changes: dict[str, Any], tunables: dict[str, int], reason:
     problem = dataclasses.replace(LONG, **changes)
     config = gluon.default(problem, HOPPER).replace(**tunables)
     assert reason in (gluon.rejects(problem, HOPPER, config) or "")
+
+
+def products_overlap(artifact: Artifact) -> bool:
+    """Whether the assembler has left groups of wgmmas on their way: where it serialises them, each waits for itself."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(artifact.binary)
+        file.flush()
+        tool = Path(triton.__file__).with_name("backends") / "nvidia/bin/nvdisasm"
+        code = subprocess.run([tool, "-c", file.name], capture_output=True, check=True).stdout
+    return code.count(b"HGMMA") >= 5 * code.count(b"WARPGROUP.DEPBAR") > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scheduler": "tiles"}, "a program a block of queries is asked for"),
+        ({"kv_dtype": "fp8_e4m3"}, "all must be bf16 or all fp16"),
+        ({"num_heads": 1 << 20, "num_kv_heads": 1 << 20, "total_q": 1 << 20}, "largest grid"),
+    ],
+)
+def test_says_why_there_is_no_list(changes: dict[str, Any], reason: str) -> None:
+    problem = dataclasses.replace(LONG, **changes)
+    config = persistent_gluon.default(problem, HOPPER)
+    assert reason in (persistent_gluon.rejects(problem, HOPPER, config) or "")
+
+
+@pytest.mark.parametrize("heads", [2, 16, 200])
+def test_the_list_and_the_sums_are_those_of_the_triton_row(heads: int) -> None:
+    """One list, one workspace, one combine: only who walks the list differs."""
+    problem = dataclasses.replace(LONG, num_heads=heads, num_kv_heads=heads, lse=True)
+    config = persistent_gluon.default(problem, HOPPER)
+    like = persistent_gluon._like(config)
+    mine, theirs = (row.sources(problem, HOPPER, c) for row, c in ((persistent_gluon, config), (persistent, like)))
+    assert [s.key for s in mine[1:]] == [s.key for s in theirs[1:]]
+    assert len(mine) == (3 if heads < HOPPER.sms else 2)
+    launches = persistent_gluon.launches(problem, HOPPER, config)
+    assert [one.kernel for one in launches] == ([1, 0, 2] if heads < HOPPER.sms else [1, 0])
+    assert launches[1].grid == (HOPPER.sms, 1, 1)
+    assert [s.split(":")[0] for _, s in mine[0].signature].count("tma<bf16[128,64]>") == 2
 
 
 def test_only_where_the_instructions_are() -> None:

@@ -22,18 +22,26 @@ NAME = "prefill_gluon"
 _MODULE = "mla_jit.ops.prefill.gluon_prefill"
 _PATH = str(Path(__file__).with_name("gluon_prefill.py"))
 _BOX = 64  # columns of a copy: 128 bytes a row, the widest swizzle
-_REGISTERS = 240  # of a consumer's thread; the kernel starts with 168 and its producer keeps 24
-_SPILL_BYTES = 64  # of scalars before the loop; none in it
+REGISTERS = 240  # of a consumer's thread; the kernel starts with 168 and its producer keeps 24
+SPILL_BYTES = 64  # of scalars before the loop; none in it
+Parts = list[tuple[str, str, Arg]]
 _SLACK_BYTES = 1024  # of shared memory, for barriers
 # Parameters of prefill_tiles that this kernel does not take: it copies tiles only through tensor maps.
-_WITHOUT = ("k_ptr", "v_ptr", "k_rest_desc", "k_stride_t", "v_stride_t")
-_CONSTANTS = ("H", "G", "D", "DV", "BLOCK_N", "STAGES", "CAUSAL", "CAP", "HAS_LSE")
+WITHOUT = ("k_ptr", "v_ptr", "k_rest_desc", "k_stride_t", "v_stride_t")
+CONSTANTS = ("H", "G", "D", "DV", "BLOCK_N", "STAGES", "CAUSAL", "CAP", "HAS_LSE")
 
 
 def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
     if p.scheduler == "persistent":
         return "the persistent scheduler is asked for"
+    if p.batch * tiles.blocks(p, config) * p.num_heads >= 2**31:
+        return "batch × blocks of queries × heads exceeds the largest grid (2^31)"
+    return refuses(p, target, config)
+
+
+def refuses(p: PrefillProblem, target: Target, config: Config) -> str | None:
+    """The same, but for who schedules and for the size of the grid."""
     if not target.triton or not (target.has("tma") and target.has("mma_m64")):
         return f"{target.name} has no bulk tensor copies or no warpgroup matrix instructions"
     if p.q_dtype != p.kv_dtype or DTYPES[p.kv_dtype].bits != 16:
@@ -44,8 +52,6 @@ def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
         return f"qk_dim {p.qk_dim} is not 64, 128 or 192, or v_dim {p.v_dim} not 64 or 128, or more than qk_dim"
     if (reason := tiles.no_tma(p)) is not None:
         return reason
-    if p.batch * tiles.blocks(p, config) * p.num_heads >= 2**31:
-        return "batch × blocks of queries × heads exceeds the largest grid (2^31)"
     smem = 2 * (128 * p.qk_dim + config.int("num_stages") * config.int("block_n") * (p.qk_dim + p.v_dim)) + _SLACK_BYTES
     if smem > target.smem_bytes:
         return f"the tiles take {smem} bytes of shared memory, {target.name} has {target.smem_bytes}"
@@ -62,24 +68,32 @@ def _like(config: Config) -> Config:
     return Config.of(tiles.NAME, **config, tma=True)
 
 
-def _arguments(p: PrefillProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
-    """[(parameter, signature entry, launch argument)] of the kernel."""
+def boxed(p: PrefillProblem, config: Config, arguments: Parts) -> Parts:
+    """Arguments of a kernel of prefill_triton, as one takes them that copies boxes of 64 columns, all through maps."""
     found = []
     box = (config.int("block_n"), _BOX)
-    for name, kind, arg in tiles.parts(p, target, _like(config))[1]:
+    for name, kind, arg in arguments:
+        if name in WITHOUT:
+            continue
         if arg.kind == "tma":
-            kind = f"tma<{DTYPES[p.kv_dtype].triton}[{box[0]},{box[1]}]>"
-            arg = dataclasses.replace(arg, block=box)
-        if name not in _WITHOUT:
+            found.append(
+                (name, f"tma<{DTYPES[p.kv_dtype].triton}[{box[0]},{box[1]}]>", dataclasses.replace(arg, block=box))
+            )
+        else:
             found.append((name, kind, arg))
     return found
+
+
+def _arguments(p: PrefillProblem, target: Target, config: Config) -> Parts:
+    """[(parameter, signature entry, launch argument)] of the kernel."""
+    return boxed(p, config, tiles.parts(p, target, _like(config))[1])
 
 
 def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """The one kernel."""
     (like,) = tiles.sources(p, target, _like(config))
-    constants: dict[str, Scalar] = {k: v for k, v in like.constants if k in _CONSTANTS or v is None}
-    constants = {k: v for k, v in constants.items() if k not in _WITHOUT} | {"REGISTERS": _REGISTERS}
+    constants: dict[str, Scalar] = {k: v for k, v in like.constants if k in CONSTANTS or v is None}
+    constants = {k: v for k, v in constants.items() if k not in WITHOUT} | {"REGISTERS": REGISTERS}
     options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
     options["num_warps"] = 4  # of a consumer; the kernel starts twelve
     source = dataclasses.replace(
@@ -91,7 +105,7 @@ def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, 
         options=tuple(options.items()),
         locator=f"{_MODULE}:{NAME}",
         limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma
+            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=SPILL_BYTES, require=target.mma
         ),
     )
     return (source,)

@@ -24,7 +24,8 @@ _MODULE = "mla_jit.ops.prefill.triton_prefill_persistent"
 _PATH = str(Path(__file__).with_name("triton_prefill_persistent.py"))
 _CHUNK = 256  # units that `schedule` looks at together
 _RUN = 16  # queries that a program of the combine sums
-_BUFFERS = ("part", "part_lse", "head", "units", "items")
+_WALKED = ("part", "part_lse", "head", "items")  # buffers that who walks the list reads or writes
+_TOLD = ("qo_indptr_ptr", "kv_indptr_ptr", "max_q_len")  # what items tell instead
 _SCHEDULE_US = 5.0  # for a chunk of units, assumed
 _COMBINE = (
     "qo_indptr_ptr", "out_ptr", "lse_ptr", "part_ptr", "part_lse_ptr", "head_ptr", "units_ptr", "out_stride_t",
@@ -34,15 +35,22 @@ _COMBINE = (
 
 def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
     """Why this variant cannot serve the problem with this config on this target, or None."""
+    if (reason := unlisted(p, target, config)) is not None:
+        return reason
+    if config.int("per_sm") * config.int("num_warps") * int(target.triton[2]) > 2048:
+        return f"{config['per_sm']} programs of {config['num_warps']} warps do not fit an SM together"
+    return tiles.refuses(p, target, _like(config))
+
+
+def unlisted(p: PrefillProblem, target: Target, config: Config) -> str | None:
+    """Why there is no work list for the problem, whoever walks it, or None."""
     if p.scheduler == "tiles":
         return "a program a block of queries is asked for"
     if not target.triton:
         return f"Triton has no backend for {target.name}"
     if slots(p, config) * p.num_heads * max(1, config.int("block_m") // _RUN) >= 2**31:
         return "blocks of queries × heads exceed the largest grid (2^31)"
-    if config.int("per_sm") * config.int("num_warps") * int(target.triton[2]) > 2048:
-        return f"{config['per_sm']} programs of {config['num_warps']} warps do not fit an SM together"
-    return tiles.refuses(p, target, _like(config))
+    return None
 
 
 def _like(config: Config) -> Config:
@@ -83,7 +91,7 @@ def _buffers(p: PrefillProblem, target: Target, config: Config) -> dict[str, tup
     rows = _parts(p, target, config) * p.num_heads * config.int("block_m")
     partials = {"part": (rows, p.v_dim), "part_lse": (rows,)} if rows else {}
     count = slots(p, config)
-    listed = (count + programs(target, config) // p.num_heads, 2)
+    listed = (count + programs(target, config) // p.num_heads, 8)
     return {**partials, "head": (4,), "units": (count, 4), "items": listed}
 
 
@@ -124,16 +132,17 @@ def _schedule(p: PrefillProblem, target: Target, config: Config) -> tiles.Parts:
 def _walk(p: PrefillProblem, target: Target, config: Config) -> tiles.Parts:
     """The same for the second."""
     constants, every = tiles.parts(p, target, _like(config))
-    present = tuple(name for name in _BUFFERS if name in _buffers(p, target, config))
-    constants |= {f"{name}_ptr": None for name in _BUFFERS if name not in present}
+    present = tuple(name for name in _WALKED if name in _buffers(p, target, config))
+    constants |= {f"{name}_ptr": None for name in _WALKED if name not in present}
     strides = next(i for i, (name, *_) in enumerate(every) if name == tiles._STRIDES[0])
     arguments = [*every[:strides], *_pointers(present), *every[strides:]]
-    return constants, [argument for argument in arguments if argument[0] != "max_q_len"]
+    return constants, [argument for argument in arguments if argument[0] not in _TOLD]
 
 
 def _combine(p: PrefillProblem, target: Target, config: Config) -> tiles.Parts:
     """The same for the third."""
-    found = {name: (name, kind, arg) for name, kind, arg in _walk(p, target, config)[1]}
+    every = (*_schedule(p, target, config)[1], *_walk(p, target, config)[1])
+    found = {name: (name, kind, arg) for name, kind, arg in every}
     constants: dict[str, Scalar] = {f"{name}_ptr": None for name in ("lse",) if not p.lse}
     constants |= {
         "H": p.num_heads, "DV": p.v_dim, "BLOCK_M": config.int("block_m"), "HAS_LSE": p.lse,

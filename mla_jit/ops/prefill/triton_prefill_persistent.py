@@ -10,7 +10,9 @@ who computes it, and pieces are summed in their order: the same inputs give the 
 host's bounds and the counter is zeroed with the list: a graph that was captured serves other lengths.
 
 head [4]: items, tiles a piece, the counter. units [slots, 4]: sequence, block, tiles (-1: of nobody), the first of its
-partial blocks. items [slots + programs / heads, 2]: unit, piece.
+partial blocks. items [slots + programs / heads, 8]: all that who runs one must know, to be read at once: the first
+query token and how many of its sequence, the same of keys, the block's first query, the first tile and that after the
+last, the partial block that it writes, or -1 for a unit in one piece.
 """
 
 import triton
@@ -89,9 +91,20 @@ def schedule(
         part = parts + tl.cumsum(split, 0) - split
         parts += tl.sum(split, 0)
         tl.store(units_ptr + 4 * u + 3, part, mask=u < slots)
+        b = tl.load(units_ptr + 4 * u, mask=u < slots, other=0)
+        block = tl.load(units_ptr + 4 * u + 1, mask=u < slots, other=0)
+        q_first, q_len = _tokens(b, qo_indptr_ptr, 0)
+        kv_first, kv_len = _tokens(b, kv_indptr_ptr, 0)
         for k in tl.range(0, tl.max(pieces, 0), num_stages=1):
-            tl.store(items_ptr + 2 * (place + k), u, mask=k < pieces)
-            tl.store(items_ptr + 2 * (place + k) + 1, tl.zeros_like(u) + k, mask=k < pieces)
+            item = items_ptr + 8 * (place + k)
+            tl.store(item, q_first, mask=k < pieces)
+            tl.store(item + 1, q_len, mask=k < pieces)
+            tl.store(item + 2, kv_first, mask=k < pieces)
+            tl.store(item + 3, kv_len, mask=k < pieces)
+            tl.store(item + 4, block * BLOCK_M, mask=k < pieces)
+            tl.store(item + 5, k * cut, mask=k < pieces)
+            tl.store(item + 6, tl.minimum((k + 1) * cut, tiles), mask=k < pieces)
+            tl.store(item + 7, tl.where(pieces > 1, part + k, -1), mask=k < pieces)
     tl.store(head_ptr, tl.sum(sizes, 0))
     tl.store(head_ptr + 1, cut)
     tl.store(head_ptr + 2, 0)
@@ -99,8 +112,8 @@ def schedule(
 
 @triton.jit
 def prefill_persistent(
-    q_ptr, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, qo_indptr_ptr, kv_indptr_ptr, q_scale_ptr, k_scale_ptr,
-    v_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, head_ptr, units_ptr, items_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, q_scale_ptr, k_scale_ptr,
+    v_scale_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, head_ptr, items_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, out_stride_t, out_stride_h,
     lse_stride_t, lse_stride_h, heads_together, qk_scale, v_scale, logit_cap, lse_mul,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, MAIN: tl.constexpr,
@@ -111,21 +124,19 @@ def prefill_persistent(
 ):  # fmt: skip
     """A resident program: takes (item, head) after (item, head) off the list."""
     items = tl.load(head_ptr)
-    cut = tl.load(head_ptr + 1)
     i = tl.atomic_add(head_ptr + 2, 1, sem="relaxed")
     while i < items * H:
-        item, head = _ordered(i, items, heads_together, H)
-        u = tl.load(items_ptr + 2 * item)
-        piece = tl.load(items_ptr + 2 * item + 1)
-        b = tl.load(units_ptr + 4 * u)
-        q0 = tl.load(units_ptr + 4 * u + 1) * BLOCK_M
-        tiles = tl.load(units_ptr + 4 * u + 2)
-        part = tl.load(units_ptr + 4 * u + 3) + piece
-        q_first, q_len = _tokens(b, qo_indptr_ptr, 0)
-        kv_first, kv_len = _tokens(b, kv_indptr_ptr, 0)
-        first_tile = piece * cut
-        last_tile = tl.minimum(first_tile + cut, tiles)
-        _block(q0, head, q_first, q_len, kv_first, kv_len, first_tile, last_tile, tiles <= cut, part,
+        place, head = _ordered(i, items, heads_together, H)
+        item = items_ptr + 8 * place
+        q_first = tl.load(item)
+        q_len = tl.load(item + 1)
+        kv_first = tl.load(item + 2)
+        kv_len = tl.load(item + 3)
+        q0 = tl.load(item + 4)
+        first_tile = tl.load(item + 5)
+        last_tile = tl.load(item + 6)
+        part = tl.load(item + 7)
+        _block(q0, head, q_first, q_len, kv_first, kv_len, first_tile, last_tile, part < 0, part,
                q_ptr, k_ptr, v_ptr, k_desc, k_rest_desc, v_desc, q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr,
                lse_ptr, part_ptr, part_lse_ptr, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
                out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, qk_scale, v_scale, logit_cap, lse_mul, H, G, D,
