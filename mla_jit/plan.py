@@ -324,7 +324,8 @@ class Executable:
         if self.only is not None:
             launches = tuple(dataclasses.replace(each, kernel=self.only.index(each.kernel)) for each in launches)
         runtime = launch.runtime(self.target.runtime)
-        return runtime.bind(self.artifacts, launches, Binding(numbers, binding.views), device)
+        views = {**binding.views, **self.variant.views(self.problem, self.target, self.config)}
+        return runtime.bind(self.artifacts, launches, Binding(numbers, views), device)
 
     @property
     def lists(self) -> dict[str, tuple[int, ...]]:

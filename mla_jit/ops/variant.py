@@ -8,7 +8,7 @@ from typing import Any
 
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
-from mla_jit.launch.base import Launch
+from mla_jit.launch.base import Launch, TensorView
 from mla_jit.problem import Problem
 from mla_jit.target import Target
 
@@ -49,6 +49,8 @@ class Variant:
     offsets: Callable[[Any, Target, Config], dict[str, int]] = (
         lambda problem, target, config: {}
     )  # where workspace buffers start, bytes
+    # what tensor maps over workspace buffers look at, by name
+    views: Callable[[Any, Target, Config], dict[str, TensorView]] = lambda problem, target, config: {}
     # the launches that fill the buffers which a caller brings (`planned`); () for a variant that takes none
     prepare: Callable[[Any, Target, Config], tuple[Launch, ...]] = lambda problem, target, config: ()
     # the shapes of these buffers, int32, by name

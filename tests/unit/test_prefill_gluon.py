@@ -104,7 +104,11 @@ def products_overlap(artifact: Artifact) -> bool:
     ("changes", "reason"),
     [
         ({"scheduler": "tiles"}, "a program a block of queries is asked for"),
-        ({"kv_dtype": "fp8_e4m3"}, "all must be bf16 or all fp16"),
+        ({"kv_dtype": "fp8_e4m3fnuz"}, "of fp8 types e4m3 is made wide"),
+        ({"q_dtype": "fp8_e4m3"}, "fp8 q needs k and v of the same dtype"),
+        ({"kv_dtype": "fp16"}, "all must be bf16 or all fp16"),
+        ({"kv_dtype": "fp8_e4m3", "out_dtype": "fp16"}, "one type is written"),
+        ({"kv_dtype": "fp8_e4m3", "num_kv_heads": 1 << 19, "num_heads": 1 << 19}, "largest grid"),
         ({"num_heads": 1 << 20, "num_kv_heads": 1 << 20, "total_q": 1 << 20}, "largest grid"),
     ],
 )
@@ -127,6 +131,32 @@ def test_the_list_and_the_sums_are_those_of_the_triton_row(heads: int) -> None:
     assert [one.kernel for one in launches] == ([1, 0, 2] if heads < HOPPER.sms else [1, 0])
     assert launches[1].grid == (HOPPER.sms, 1, 1)
     assert [s.split(":")[0] for _, s in mine[0].signature].count("tma<bf16[128,64]>") == 2
+
+
+@pytest.mark.parametrize("q_dtype", ["bf16", "fp16", "fp8_e4m3"])
+def test_fp8_keys_and_values_are_made_wide_in_the_workspace(q_dtype: str) -> None:
+    wide = "fp16" if q_dtype == "fp16" else "bf16"
+    few = dataclasses.replace(LONG, num_heads=16, num_kv_heads=8, q_dtype=q_dtype, kv_dtype="fp8_e4m3", out_dtype=wide,
+                              misaligned=("k",), token_major=False)  # fmt: skip
+    config = persistent_gluon.default(few, HOPPER)
+    assert persistent_gluon.rejects(few, HOPPER, config) is None
+    assert plan.analytic(few, HOPPER).variant is persistent_gluon.PREFILL_PERSISTENT_GLUON
+    walk, *_, widen = persistent_gluon.sources(few, HOPPER, config)
+    artifact = compile_source(widen)
+    assert (artifact.spill_bytes, artifact.threads) == (0, 128)
+    assert compile_source(walk).spill_bytes == 0
+    assert dict(walk.signature)["k_desc"] == f"tma<{wide}[128,64]>"
+    offsets = persistent_gluon.workspace_offsets(few, HOPPER, config)
+    views = persistent_gluon.views(few, HOPPER, config)
+    assert {name: (v.rows, v.columns, v.row_bytes, v.dtype) for name, v in views.items()} == {
+        "k_wide": (8192, 8 * 192, 8 * 192 * 2, wide), "v_wide": (8192, 8 * 128, 8 * 128 * 2, wide),
+    }  # fmt: skip
+    assert offsets["k_wide"] % 256 == offsets["v_wide"] % 256 == 0
+    assert offsets["v_wide"] >= offsets["k_wide"] + 8192 * 8 * 192 * 2
+    assert persistent_gluon.workspace_bytes(few, HOPPER, config) == offsets["v_wide"] + 8192 * 8 * 128 * 2
+    first, *rest = persistent_gluon.launches(few, HOPPER, config)
+    assert (first.kernel, first.grid) == (3, (8192 // 64 * 8, 1, 1))
+    assert [one.kernel for one in rest] == [1, 0, 2]
 
 
 def test_only_where_the_instructions_are() -> None:

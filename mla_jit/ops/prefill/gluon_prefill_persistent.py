@@ -5,10 +5,9 @@ three roles go on to the next item together: while the consumers write the resul
 one's first tiles on their way, and the next queries are asked for before the results are written. Nobody waits for a
 program to start, for barriers, or for the first tile.
 
-Round r of program p takes the place r·P + p of the list, every other round P - 1 - p in its stead: the list begins with
-the longest, so these sums are nearly even, and no counter is needed. What is computed does not depend on who does it.
-Tiles are numbered through all items of a program; tile n is in buffer n % STAGES. An item without keys (its queries see
-none) takes one tile, of which nothing is seen.
+The producer takes the next place of the list by a counter and tells the consumers, by way of a ring of two. Tiles are
+numbered through all items of a program; tile n is in buffer n % STAGES. An item without keys (its queries see none)
+takes one tile, of which nothing is seen. fp8 queries are widened as they are loaded, fp8 K and V by `widen` before.
 """
 
 from triton.experimental import gluon
@@ -27,31 +26,14 @@ _barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in Trito
 
 
 @gluon.jit
-def _rounds(total):
-    """How many of the list's places are this program's."""
-    programs = gl.num_programs(0)
-    pid = gl.program_id(0)
-    full = total // programs
-    mine = pid
-    if full & 1:
-        mine = programs - 1 - pid
-    return full + (mine < total - full * programs).to(gl.int32)
-
-
-@gluon.jit
-def _item(items_ptr, r, rounds, items, heads_together, H: gl.constexpr):
-    """(head, q_first, q_len, kv_first, kv_len, q0, first tile, the one after the last, part) of a round; after the last
-    round one without queries."""
-    programs = gl.num_programs(0)
-    pid = gl.program_id(0)
-    mine = pid
-    if r & 1:
-        mine = programs - 1 - pid
-    i = gl.where(r < rounds, r * programs + mine, 0)
-    place, head = _ordered(i, gl.maximum(items, 1), heads_together, H)
+def _item(items_ptr, i, items, heads_together, H: gl.constexpr):
+    """(head, q_first, q_len, kv_first, kv_len, q0, first tile, the one after the last, part) of place i; past the end
+    one without queries."""
+    there = i < items * H
+    place, head = _ordered(gl.where(there, i, 0), gl.maximum(items, 1), heads_together, H)
     at = items_ptr + 8 * place
     q_first = gl.load(at)
-    q_len = gl.where(r < rounds, gl.load(at + 1), 0)
+    q_len = gl.where(there, gl.load(at + 1), 0)
     kv_first = gl.load(at + 2)
     kv_len = gl.load(at + 3)
     q0 = gl.load(at + 4)
@@ -62,15 +44,40 @@ def _item(items_ptr, r, rounds, items, heads_together, H: gl.constexpr):
 
 
 @gluon.jit
-def _produce(items_ptr, rounds, items, heads_together, k_desc, v_desc, k_stride_h, v_stride_h, k_smem, v_smem, k_full,
-             v_full, k_empty, v_empty, H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-             BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _tell(ring, ring_full, ring_empty, r, i):
+    """The consumers get the place of round r."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    b = r % 2
+    mbarrier.wait(ring_empty.index(b), (r // 2 & 1) ^ 1)
+    ring.index(b).store(gl.full([1], 0, gl.int32, ONE) + i)
+    _barrier()
+    mbarrier.arrive(ring_full.index(b), count=1)
+
+
+@gluon.jit
+def _told(ring, ring_full, ring_empty, r):
+    """What the producer tells of round r."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    b = r % 2
+    mbarrier.wait(ring_full.index(b), r // 2 & 1)
+    i = gl.max(ring.index(b).load(ONE), 0)
+    _release(ring_empty, b)
+    return i
+
+
+@gluon.jit
+def _produce(head_ptr, items_ptr, items, heads_together, ring, ring_full, ring_empty, k_desc, v_desc, k_stride_h,
+             v_stride_h, k_smem, v_smem, k_full, v_full, k_empty, v_empty, H: gl.constexpr, G: gl.constexpr,
+             D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Feeds the buffers in turn; one is free when both consumers are done with what it had."""
     K_BOXES: gl.constexpr = D // 64
     V_BOXES: gl.constexpr = DV // 64
     n = gl.to_tensor(0)
-    for r in range(rounds):
-        head, _q, _n, kv_first, _len, _q0, first, last, _part = _item(items_ptr, r, rounds, items, heads_together, H)
+    r = gl.to_tensor(0)
+    i = gl.atomic_add(head_ptr + 2, 1, sem="relaxed")
+    while i < items * H:
+        _tell(ring, ring_full, ring_empty, r, i)
+        head, _q, _n, kv_first, _len, _q0, first, last, _part = _item(items_ptr, i, items, heads_together, H)
         k_col = (head // G * k_stride_h).to(gl.int32)
         v_col = (head // G * v_stride_h).to(gl.int32)
         for j in range(first, last):
@@ -90,11 +97,14 @@ def _produce(items_ptr, rounds, items, heads_together, k_desc, v_desc, k_stride_
                     v_desc, [row, v_col + c * 64], v_full.index(b), v_smem.index(b * V_BOXES + c)
                 )
             n += 1
+        r += 1
+        i = gl.atomic_add(head_ptr + 2, 1, sem="relaxed")
+    _tell(ring, ring_full, ring_empty, r, i)
 
 
 @gluon.jit
-def _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES: gl.constexpr):
-    """64 queries from q0 on, as columns of 64; rows past the sequence are 0 and not read."""
+def _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES: gl.constexpr, WIDE: gl.constexpr):
+    """64 queries from q0 on in WIDE, as columns of 64; rows past the sequence are 0 and not read."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = q0 + gl.arange(0, 64, gl.SliceLayout(1, ROWS))
     at = q_ptr + q_first.to(gl.int64) * q_stride_t + head * q_stride_h
@@ -104,14 +114,14 @@ def _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES: gl.
     ok = gl.expand_dims(rows < q_len, 1)
     q = ()
     for c in gl.static_range(BOXES):
-        q = q + (gl.load(at + offs + c * 64, mask=ok, other=0.0),)  # noqa: RUF005
+        q = q + (gl.load(at + offs + c * 64, mask=ok, other=0.0).to(WIDE),)  # noqa: RUF005
     return q
 
 
 @gluon.jit
-def _consume(cid: gl.constexpr, items_ptr, rounds, items, heads_together, q_ptr, out_ptr, lse_ptr, part_ptr,
-             part_lse_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, qk_scale,
-             v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
+def _consume(cid: gl.constexpr, items_ptr, items, heads_together, ring, ring_full, ring_empty, q_ptr, out_ptr, lse_ptr,
+             part_ptr, part_lse_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h,
+             qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty,
              H: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
              CAUSAL: gl.constexpr, CAP: gl.constexpr, HAS_LSE: gl.constexpr):  # fmt: skip
     """The queries 64·cid to 64·cid + 63 of each item."""
@@ -133,10 +143,12 @@ def _consume(cid: gl.constexpr, items_ptr, rounds, items, heads_together, q_ptr,
     l_smem = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     n = gl.to_tensor(0)
-    head, q_first, q_len, _kv, kv_len, q0, first, last, part = _item(items_ptr, 0, rounds, items, heads_together, H)
+    r = gl.to_tensor(0)
+    i = _told(ring, ring_full, ring_empty, r)
+    head, q_first, q_len, _kv, kv_len, q0, first, last, part = _item(items_ptr, i, items, heads_together, H)
     q0 += cid * 64
-    q = _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES)
-    for r in range(rounds):
+    q = _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES, dtype)
+    while i < items * H:
         _barrier()  # the results of the item before have left the shared memory of the queries
         for c in gl.static_range(BOXES):
             q_smem.index(cid * BOXES + c).store(q[c])
@@ -179,8 +191,8 @@ def _consume(cid: gl.constexpr, items_ptr, rounds, items, heads_together, q_ptr,
         mbarrier.wait(v_full.index(b), n // STAGES & 1)
         if last * BLOCK_N > kv_len:  # two 16-bit zeros a word
             filled = (last - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, WORDS)) < kv_len
-            for i in range(V_BOXES):
-                box = v_smem.index(b * V_BOXES + i)._reinterpret(
+            for c in gl.static_range(V_BOXES):
+                box = v_smem.index(b * V_BOXES + c)._reinterpret(
                     gl.int32, [BLOCK_N, 32], gl.NVMMASharedLayout(128, 32, 2)
                 )
                 box.store(gl.where(gl.expand_dims(filled, 1), box.load(WORDS), 0))
@@ -193,11 +205,11 @@ def _consume(cid: gl.constexpr, items_ptr, rounds, items, heads_together, q_ptr,
         n += 1
 
         of_head, of_first, of_len, of_part, row0 = head, q_first, q_len, part, q0
-        head, q_first, q_len, _kv, kv_len, q0, first, last, part = _item(
-            items_ptr, r + 1, rounds, items, heads_together, H
-        )
+        r += 1
+        i = _told(ring, ring_full, ring_empty, r)
+        head, q_first, q_len, _kv, kv_len, q0, first, last, part = _item(items_ptr, i, items, heads_together, H)
         q0 += cid * 64
-        q = _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES)
+        q = _queries(q_ptr, head, q_first, q_len, q0, q_stride_t, q_stride_h, BOXES, dtype)
 
         norm = gl.where(l > 0, v_scale / l, 0.0)
         acc = acc * gl.expand_dims(gl.convert_layout(norm, O_ROW, assert_trivial=True), 1)
@@ -237,9 +249,8 @@ def prefill_persistent_gluon(
     H: gl.constexpr, G: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, CAP: gl.constexpr, HAS_LSE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """A resident program: every so many-th (item, head) of the list is its own."""
+    """A resident program: takes (item, head) after (item, head) off the list."""
     items = gl.load(head_ptr)
-    rounds = _rounds(items * H)
     if q_scale_ptr is not None:
         qk_scale *= gl.load(q_scale_ptr)
     if k_scale_ptr is not None:
@@ -254,19 +265,23 @@ def prefill_persistent_gluon(
     v_full = _mbarriers(STAGES, 1)
     k_empty = _mbarriers(STAGES, 2)
     v_empty = _mbarriers(STAGES, 2)
+    ring = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring_full = _mbarriers(2, 1)
+    ring_empty = _mbarriers(2, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (0, items_ptr, rounds, items, heads_together, q_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-                        q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, qk_scale,
-                        v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty, H, D,
-                        DV, BLOCK_N, STAGES, CAUSAL, CAP, HAS_LSE)),
-            (_consume, (1, items_ptr, rounds, items, heads_together, q_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-                        q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, qk_scale,
-                        v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full, k_empty, v_empty, H, D,
-                        DV, BLOCK_N, STAGES, CAUSAL, CAP, HAS_LSE)),
-            (_produce, (items_ptr, rounds, items, heads_together, k_desc, v_desc, k_stride_h, v_stride_h, k_smem,
-                        v_smem, k_full, v_full, k_empty, v_empty, H, G, D, DV, BLOCK_N, STAGES)),
+            (_consume, (0, items_ptr, items, heads_together, ring, ring_full, ring_empty, q_ptr, out_ptr, lse_ptr,
+                        part_ptr, part_lse_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t,
+                        lse_stride_h, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full,
+                        k_empty, v_empty, H, D, DV, BLOCK_N, STAGES, CAUSAL, CAP, HAS_LSE)),
+            (_consume, (1, items_ptr, items, heads_together, ring, ring_full, ring_empty, q_ptr, out_ptr, lse_ptr,
+                        part_ptr, part_lse_ptr, q_stride_t, q_stride_h, out_stride_t, out_stride_h, lse_stride_t,
+                        lse_stride_h, qk_scale, v_scale, logit_cap, lse_mul, q_smem, k_smem, v_smem, k_full, v_full,
+                        k_empty, v_empty, H, D, DV, BLOCK_N, STAGES, CAUSAL, CAP, HAS_LSE)),
+            (_produce, (head_ptr, items_ptr, items, heads_together, ring, ring_full, ring_empty, k_desc, v_desc,
+                        k_stride_h, v_stride_h, k_smem, v_smem, k_full, v_full, k_empty, v_empty, H, G, D, DV, BLOCK_N,
+                        STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
