@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,38 @@ def test_it_serves_prompts_and_leaves_short_queries_to_smaller_blocks() -> None:
     assert plan.analytic(LONG, HOPPER).config == gluon.default(LONG, HOPPER)
     short = dataclasses.replace(LONG, q_len=48, total_q=48)
     assert plan.analytic(short, HOPPER).variant is not gluon.PREFILL_GLUON
+
+
+WIDENED = """
+import dataclasses, torch
+from mla_jit import target
+from mla_jit.launch import interpreter
+from mla_jit.launch.base import Binding
+from mla_jit.ops.prefill import persistent_gluon as row
+from mla_jit.ops.prefill.inputs import prefill_inputs
+there = target.by_name("sm_90")
+whole = torch.randn(150, 3, 400).to(torch.float8_e4m3fn)  # K and V are views of it, and not all of it is theirs
+k, v = whole[:, :, :192], whole[:, :, 200:328]
+ends = torch.tensor([0, 0, 100, 140], dtype=torch.int32)
+q = torch.zeros(6, 3, 192).to(torch.float8_e4m3fn)
+starts = torch.tensor([0, 2, 4, 6], dtype=torch.int32)
+inputs = prefill_inputs(q, k, v, qo_indptr=starts, kv_indptr=ends, max_q_len=2, sm_scale=1.0)
+p = inputs.problem
+config = row.default(p, there)
+assert row.rejects(p, there, config) is None
+source, launch = row.sources(p, there, config)[-1], row.launches(p, there, config)[0]
+numbers = {**inputs.binding.numbers, **row.numbers(p, there, config)}
+bound = interpreter.bind([source], [dataclasses.replace(launch, kernel=0)], Binding(numbers))
+wide = {name: torch.full((150, 3, dim), 7.0, dtype=torch.bfloat16) for name, dim in (("k_wide", 192), ("v_wide", 128))}
+tensors = {**inputs.tensors, **wide}
+bound.run([tensors[name].data_ptr() + offset for name, offset in bound.operands], [])
+for name, x in (("k_wide", k), ("v_wide", v)):
+    assert torch.equal(wide[name][:140], x[:140].bfloat16()), name
+    assert bool((wide[name][140:] == 7.0).all()), name  # of no sequence
+"""
+
+
+def test_what_is_made_wide_has_the_same_values() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", WIDENED], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
