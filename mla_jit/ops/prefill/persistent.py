@@ -197,13 +197,17 @@ def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
 
     What it gains for uneven lengths no bound of them tells, so measurements must.
     """
-    found = tiles.cost(p, target, _like(config))
+    return listed(p, target, config, tiles.cost(p, target, _like(config)))
+
+
+def listed(p: PrefillProblem, target: Target, config: Config, found: Cost) -> Cost:
+    """The cost of the same tiles by a list, cut and summed."""
     time_us = found.time_us - target.launch_us
     if found.waves < 1 and _splits(p, target, config):
         keys = min(p.max_kv_len, p.keys / max(1, p.batch))
         time_us /= max(1.0, min(1 / found.waves, keys / (config.int("block_n") * config.int("min_tiles"))))
-    listed = _SCHEDULE_US * -(-slots(p, config) // _CHUNK)
-    return dataclasses.replace(found, time_us=time_us + listed + 3 * target.launch_us)
+    list_us = _SCHEDULE_US * -(-slots(p, config) // _CHUNK)
+    return dataclasses.replace(found, time_us=time_us + list_us + 3 * target.launch_us)
 
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {**tiles.SPACE, "per_sm": (1, 2), "min_tiles": (2, 4, 8)}

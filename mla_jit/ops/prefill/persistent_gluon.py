@@ -25,6 +25,7 @@ _MODULE = "mla_jit.ops.prefill.gluon_prefill_persistent"
 _PATH = str(Path(__file__).with_name("gluon_prefill_persistent.py"))
 _WIDENING = "mla_jit.ops.prefill.triton_widen"
 _WIDENING_PATH = str(Path(__file__).with_name("triton_widen.py"))
+_WALK = 1.03  # of prefill_gluon's time for the same tiles
 _ROWS = 64  # tokens that a program makes wide
 
 
@@ -176,9 +177,11 @@ def workspace_bytes(p: PrefillProblem, target: Target, config: Config) -> int:
 
 
 def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
-    """As for prefill_persistent_triton; softmax and products overlap here. Few queries are padded to 128."""
-    found = persistent.cost(_wide(p), target, _like(config))
-    time_us = found.time_us * (0.75 if p.q_len > 64 else 1.5)
+    """As for prefill_persistent_triton and prefill_gluon: long sequences take a little longer than in the latter's
+    order (H200, 2026-11-29), blocks cost nothing beside their tiles; fp8 is read once more, and written wide."""
+    wide, like = _wide(p), _like(config)
+    found = persistent.listed(wide, target, like, tiles.products(wide, target, persistent._like(like)))
+    time_us = gluon.products_us(p, found) * _WALK
     if _narrow(p):
         time_us += 3 * p.keys * p.num_kv_heads * (p.qk_dim + p.v_dim) / target.bandwidth_gbps * 1e-3 + target.launch_us
     return dataclasses.replace(found, time_us=time_us)

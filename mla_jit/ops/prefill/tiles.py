@@ -5,6 +5,7 @@ The kernel is in triton_prefill.py; nothing here imports triton.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from mla_jit.compile.artifact import Limits, Scalar, Source
@@ -24,6 +25,7 @@ _SLACK_BYTES = 2048  # of shared memory, for what is exchanged and barriers
 _SHARE = 0.6  # of the matrix rate, for the model
 _L2_RATE = 1.5  # of the bandwidth: at which tiles come from the L2
 _TILE_KEYS = 8  # keys whose work takes as long as what a tile costs beside
+_START_US = 1.1  # of a block
 _L2_SHARE = 0.5  # of the L2, for the K and V of the heads that are worked on together
 
 Parts = tuple[dict[str, Scalar], list[tuple[str, str, Arg]]]
@@ -227,7 +229,22 @@ def numbers(p: PrefillProblem, target: Target, config: Config) -> dict[str, int]
 
 
 def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
-    """The roofline of a call whose sequences have mean lengths, with waves."""
+    """The roofline of a call whose sequences have mean lengths, with waves and what starting a block takes."""
+    found = products(p, target, config)
+    return dataclasses.replace(found, time_us=found.time_us + starts_us(p, target, config))
+
+
+def starts_us(p: PrefillProblem, target: Target, config: Config) -> float:
+    """What blocks cost beside their tiles: a program starts, asks for q and the first tile, and writes the results.
+
+    Of prefill_gluon, beside prefill_persistent_gluon, on an H200, 2026-11-29.
+    """
+    blocks = -(-p.total_q // config.int("block_m")) * p.num_heads
+    return _START_US * blocks / max(1, target.sms)
+
+
+def products(p: PrefillProblem, target: Target, config: Config) -> Cost:
+    """The same without the starts."""
     d, dv = _width(p)
     flops = int(2 * p.pairs * p.num_heads * (d + dv))
     size = (p.total_q * p.num_heads + p.keys * p.num_kv_heads) * (p.qk_dim + p.v_dim) * DTYPES[p.kv_dtype].bytes
