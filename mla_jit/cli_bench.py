@@ -39,7 +39,8 @@ _GRIDS = {
     "prefill": (
         ("shape", "shape", "<30"), ("ours_us", "ours us", ">9.0f"), ("low_us", "low", ">8.0f"),
         ("high_us", "high", ">8.0f"), ("tflops", "TFLOP/s", ">8.0f"), ("cudnn_us", "cuDNN us", ">9.0f"),
-        ("cudnn_tflops", "TFLOP/s", ">8.0f"), ("score", "score", ">6.2f"), ("error", "error", ">8.1e"),
+        ("cudnn_tflops", "TFLOP/s", ">8.0f"), ("score", "score", ">6.2f"), ("tiles_us", "tiles us", ">9.0f"),
+        ("persistent_us", "persistent", ">10.0f"), ("fp8_us", "fp8 us", ">8.0f"), ("error", "error", ">8.1e"),
         ("provenance", "choice", "<9"), ("variant", "variant", ""),
     ),
     "databases": (
@@ -106,7 +107,8 @@ def bench(
     q2          two query tokens
     capture     graphs captured at the table's capacity, against the exact max_kv_len
     ragged      uneven lengths by both schedulers, the list made in each call; the kernel that makes it; empty sequences
-    prefill     prompts, causal and not, beside cuDNN through torch's attention; uneven ones beside equal ones
+    prefill     prompts, causal and not, beside cuDNN through torch's attention, with both schedulers and in fp8;
+                uneven ones beside equal ones
     databases   the shapes of peers with the tuning databases and without any; then shapes that they do not hold
     quality     the tuner's auto search against the exhaustive one; takes long
     neighbours  shapes that the databases do not hold: the nearest row's config, the default, others' rules for splits,

@@ -487,14 +487,20 @@ def as_json(row: Any) -> dict[str, Any]:
 
 
 def prefill_figures(found: Sequence[prefill_grid.PromptRow]) -> list[Figure]:
-    """Of `prefill_grid.rows`: ours beside cuDNN's, and what uneven lengths cost."""
+    """Of `prefill_grid.rows`: ours beside cuDNN's, what uneven lengths cost, each scheduler on these, and fp8."""
     scores = [row.score for row in found if row.score is not None]
     rates = {row.shape: row.tflops for row in found}
     uneven, equal = (rates.get(str(shape)) for shape in (prefill_grid.UNEVEN, prefill_grid.EQUAL))
+    narrow = [row.ours_us / row.fp8_us for row in found if row.fp8_us is not None]
+    both = [(row.tiles_us, row.persistent_us) for row in found if row.shape == str(prefill_grid.UNEVEN)]
+    listed = next((tiles / one for tiles, one in both if tiles is not None and one is not None), None)
     return [
         Figure("cudnn", f"geometric mean of cuDNN / ours over {len(scores)} shapes",
                geometric_mean(scores) if scores else None),
         Figure("least", "least cuDNN / ours", min(scores, default=None), prefill_grid.LEAST_SCORE),
         Figure("uneven", "rate on uneven prompts / on equal ones of the same work",
                uneven / equal if uneven and equal else None, prefill_grid.LEAST_RATE),
+        Figure("listed", "tiles / persistent on uneven prompts", listed, prefill_grid.LEAST_LISTED),
+        Figure("fp8", f"geometric mean of bf16 / fp8 over {len(narrow)} shapes",
+               geometric_mean(narrow) if narrow else None, prefill_grid.LEAST_FP8),
     ]  # fmt: skip

@@ -1,8 +1,9 @@
 """Our prefill beside cuDNN's, through torch's attention: the rows of `mla-tune bench --grid prefill`.
 
 Un-absorbed, bf16, 192 + 128 elements a head. Times are of eager calls between events, ours and cuDNN's in turn, on
-inputs larger than the L2. Before that, sampled rows of the output are compared with float64. Uneven prompts have no
-peer: their rate is held against ours on as many equal ones of the same work.
+inputs larger than the L2: ours as a call has it, with each scheduler, and on the same inputs in fp8. Before that,
+sampled rows of the outputs are compared with float64. Uneven prompts have no peer: their rate is held against ours on
+as many equal ones of the same work.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from mla_jit.errors import MlaJitError
 
 QK_DIM, V_DIM = 192, 128
 LEAST_SCORE, LEAST_RATE = 0.8, 0.9  # aims: cuDNN's time ÷ ours on each shape; uneven ÷ equal rate
+LEAST_LISTED, LEAST_FP8 = 1.0, 1.2  # aims: tiles' time ÷ persistent's on uneven prompts; bf16's time ÷ fp8's
+SCHEDULERS = ("tiles", "persistent")
+_FP8 = torch.float8_e4m3fn
 _SAMPLED = 64  # rows of the output that are checked
 _CALLS = 3  # between two events
 Call = Callable[[], Tensor]
@@ -66,7 +70,8 @@ EQUAL = Prompt((round(math.sqrt(sum(n * n for n in UNEVEN.lens) / 24)),) * 24, 1
 class PromptRow:
     """A shape, in µs: ours (median, least and largest of the runs) and cuDNN's, None where it has none; TFLOP/s.
 
-    error: relative L2 error of the worst sampled row of all runs. provenance: of the config, as `Dispatch` has it.
+    tiles_us, persistent_us: ours with that scheduler; fp8_us: on the same inputs in fp8 e4m3. error: relative L2 error
+    of the worst sampled row of all bf16 runs. provenance: of the config, as `Dispatch` has it.
     `score` is cuDNN's time ÷ ours.
     """
 
@@ -80,6 +85,9 @@ class PromptRow:
     cudnn_tflops: float | None
     error: float
     provenance: str = ""
+    tiles_us: float | None = None
+    persistent_us: float | None = None
+    fp8_us: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -91,24 +99,21 @@ def rows(
 ) -> Iterator[PromptRow]:  # fmt: skip
     """Our prefill, `runs` times each on fresh inputs, cuDNN alternated. MlaJitError for a wrong row."""
     for shape in shapes:
-        ours, theirs, errors, variant, whence = [], [], [], "", ""
-        for seed in range(runs):
-            found = measured(shape, seed, device)
-            times, variant, whence = found.times_us, found.variant, found.provenance
-            ours.append(times["mla_jit"])
-            errors.append(found.error)
-            if "cudnn" in times:
-                theirs.append(times["cudnn"])
-        us, peer = statistics.median(ours), statistics.median(theirs) if theirs else None
+        found = [measured(shape, seed, device) for seed in range(runs)]
+        times = {name: [run.times_us[name] for run in found] for name in found[0].times_us}
+        medians = {name: statistics.median(us) for name, us in times.items()}
+        us, peer = medians["mla_jit"], medians.get("cudnn")
         yield PromptRow(
-            str(shape), variant, us, min(ours), max(ours), shape.flops / us * 1e-6, peer,
-            None if peer is None else shape.flops / peer * 1e-6, max(errors), whence,
+            str(shape), found[-1].variant, us, min(times["mla_jit"]), max(times["mla_jit"]), shape.flops / us * 1e-6,
+            peer, None if peer is None else shape.flops / peer * 1e-6, max(run.error for run in found),
+            found[-1].provenance, *(medians.get(name) for name in (*SCHEDULERS, "fp8")),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one run: µs by "mla_jit" and, for equal lengths, "cudnn"; the worst sampled error; what served, from where."""
+    """Of one run: µs by "mla_jit", scheduler, "fp8" and, for equal lengths, "cudnn"; the worst sampled error of the
+    bf16 calls; what served, from where."""
 
     times_us: dict[str, float]
     error: float
@@ -126,25 +131,39 @@ def measured(shape: Prompt, seed: int, device: str, rounds: int = 7) -> Measured
     v = torch.randn(tokens, heads, V_DIM, device=device, dtype=torch.bfloat16, generator=made)
     indptr = torch.tensor([0, *itertools.accumulate(shape.lens)], dtype=torch.int32, device=device)
     scale = QK_DIM**-0.5
-    out = torch.full_like(v, float("nan"))
+    wide, narrow = (q, k, v), (q.to(_FP8), k.to(_FP8), v.to(_FP8))
+    longest = max(shape.lens)
 
-    def ours() -> Tensor:
-        api_prefill.prefill(
-            q, k, v, qo_indptr=indptr, kv_indptr=indptr, max_q_len=max(shape.lens), max_kv_len=max(shape.lens),
-            sm_scale=scale, causal=shape.causal, out=out,
-        )  # fmt: skip
-        return out
+    def call(tensors: tuple[Tensor, Tensor, Tensor], scheduler: str) -> Call:
+        out = torch.full_like(v, float("nan"))
 
-    error = worst_error(shape, q, k, v, ours(), scale, random.Random(seed))
-    limit = dtypes.tolerance("bf16", "bf16")
-    if not error <= limit:
-        raise MlaJitError(f"prefill is wrong on {shape}: relative L2 error {error:.2e} of a row (limit {limit:.0e})")
+        def run() -> Tensor:
+            api_prefill.prefill(
+                *tensors, qo_indptr=indptr, kv_indptr=indptr, max_q_len=longest, max_kv_len=longest, sm_scale=scale,
+                causal=shape.causal, out=out, scheduler=scheduler,
+            )  # fmt: skip
+            return out
+
+        return run
+
+    def checked(tensors: tuple[Tensor, Tensor, Tensor], run: Call, dtype: str) -> float:
+        error = worst_error(shape, *tensors, run(), scale, random.Random(seed))
+        limit = dtypes.tolerance(dtype, dtype)
+        if not error <= limit:
+            raise MlaJitError(
+                f"prefill is wrong on {shape}, {dtype}: relative L2 error {error:.2e} of a row (limit {limit:.0e})"
+            )
+        return error
+
+    calls = {"fp8": call(narrow, "auto")} | {name: call(wide, name) for name in SCHEDULERS}
+    calls["mla_jit"] = call(wide, "auto")
+    checked(narrow, calls["fp8"], "fp8_e4m3")
+    errors = [checked(wide, calls[name], "bf16") for name in (*SCHEDULERS, "mla_jit")]
     dispatch = api.last_dispatch()
-    calls: dict[str, Call] = {"mla_jit": ours}
     if shape.even and (peer := cudnn(shape, q, k, v, scale)) is not None:
         calls["cudnn"] = peer
     served = ("", "") if dispatch is None else (dispatch.variant, dispatch.provenance)
-    return Measured(_alternated(calls, rounds), error, *served)
+    return Measured(_alternated(calls, rounds), max(errors), *served)
 
 
 def worst_error(

@@ -58,9 +58,9 @@ def test_one_run_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) 
     assert (found.times_us, found.variant) == ({"mla_jit": 5.0}, "prefill_blocked_cpu")
     assert found.provenance == "default"
     assert 0 < found.error < 6e-3
-    assert asked == [{"mla_jit"}]  # no peer takes uneven lengths
+    assert asked == [{"mla_jit", "tiles", "persistent", "fp8"}]  # no peer takes uneven lengths
     monkeypatch.setattr(prefill_grid, "worst_error", lambda *a: 0.5)
-    with pytest.raises(MlaJitError, match=r"wrong on 3 × 40 × 2 heads, causal: relative L2 error 5\.00e-01"):
+    with pytest.raises(MlaJitError, match=r"wrong on 3 × 40 × 2 heads, causal, fp8_e4m3: relative L2 error 5\.00e-01"):
         prefill_grid.measured(SMALL, 0, "cpu")
 
 
@@ -68,7 +68,8 @@ def test_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(shape: Prompt, seed: int, device: str) -> Measured:
         us = {EQUAL: 4000.0, UNEVEN: 5000.0}.get(shape, 1000.0) + seed
         peer = {"cudnn": 900.0 + seed} if shape.even and shape is not EQUAL else {}
-        return Measured({"mla_jit": us, **peer}, 1e-3 * (seed + 1), "prefill_x", "measured")
+        ours = {"mla_jit": us, "tiles": us, "persistent": 0.8 * us, "fp8": us / 1.1}
+        return Measured({**ours, **peer}, 1e-3 * (seed + 1), "prefill_x", "measured")
 
     monkeypatch.setattr(prefill_grid, "measured", fake)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -83,7 +84,9 @@ def test_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["rows"][-1]["cudnn_us"] is None
     assert data["least"] == pytest.approx(901 / 1001)
     assert data["uneven"] == pytest.approx(4001 / 5001, rel=1e-3)
-    assert data["missed"] == ["uneven"]
+    assert data["missed"] == ["uneven", "fp8"]
+    assert (row["tiles_us"], row["persistent_us"]) == (1001.0, 0.8 * 1001.0)
+    assert (data["listed"], data["fp8"]) == (pytest.approx(1.25), pytest.approx(1.1))
     text = invoke("bench", "--grid", "prefill", "--runs", "1", code=1)
     assert "least cuDNN / ours: 0.900 (aim: at least 0.8)" in text
     assert "rate on uneven prompts / on equal ones of the same work: 0.800 (aim: at least 0.9), MISSED" in text
