@@ -131,14 +131,27 @@ class Trial:
     @classmethod
     def from_json(cls, text: str) -> Trial:
         """InvalidInput for what is no trial."""
+        return cls.from_data(parsed(text))
+
+    @classmethod
+    def from_data(cls, data: Any) -> Trial:
+        """The same of the parsed line, which stays as it is."""
         try:
-            data = json.loads(text)
-            config = data.pop("config")
-            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("problem").items()}
+            config = dict(data["config"])
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["problem"].items()}
             problem = PROBLEMS[fields["op"]](**fields)
-            return cls(problem=problem, config=Config.of(config.pop("variant"), **config), **data)
+            rest = {k: v for k, v in data.items() if k not in ("config", "problem")}
+            return cls(problem=problem, config=Config.of(config.pop("variant"), **config), **rest)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
+            raise InvalidInput(f"no tuning row: {error!r} in {str(data)[:120]}") from error
+
+
+def parsed(text: str) -> Any:
+    """A line of JSON; InvalidInput for what is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InvalidInput(f"no tuning row: {error!r} in {text[:120]}") from error
 
 
 @functools.cache

@@ -5,14 +5,13 @@ No lookup writes a file, whatever is in them. Imports neither SQLite nor torch.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mla_jit import resources, settings
-from mla_jit.tuning.rows import PROBLEMS, PROVENANCES, Trial, defaults, slug
+from mla_jit.tuning.rows import PROBLEMS, PROVENANCES, Trial, defaults, parsed, slug
 from mla_jit.tuning.store import PROBLEM_COLUMNS, plain
 
 _shipped: dict[tuple[object, ...], tuple[Trial, ...]] = {}
@@ -86,12 +85,13 @@ def _examine(
     for number, raw in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = raw.decode()
+            data = parsed(line)
             if fields is not None:
-                problem = json.loads(line)["problem"]
-                known = {**defaults(PROBLEMS[problem["op"]]), **problem}
-                if any(known[name] != value for name, value in fields.items()):
+                problem = data["problem"]
+                left_out = defaults(PROBLEMS[problem["op"]])
+                if any((problem[n] if n in problem else left_out[n]) != value for n, value in fields.items()):
                     continue
-            trial = plain(Trial.from_json(line))
+            trial = plain(Trial.from_data(data))
         except (ValueError, TypeError, KeyError, AttributeError) as error:  # InvalidInput, UnicodeDecodeError: values
             faults.append(f"line {number}: {error}")
             continue
