@@ -56,6 +56,7 @@ class Rendered:
     barriers: Mapping[int, str]
 
 
+@functools.cache
 def has(isa: str, name: str) -> bool:
     """Whether there is a template of this name for an ISA."""
     try:

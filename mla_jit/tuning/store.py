@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import math
 import os
@@ -216,19 +215,25 @@ def _is_plain(trial: Trial) -> bool:
     if not all(type(value) in (int, str, bool) for _, value in trial.config.items_):
         return False
     problem = trial.problem
-    for thing, names in ((trial, _TRIAL), (problem, _OWN[problem.op])):
-        for name in names:
-            value = getattr(thing, name)
-            if value is None or (name in _TUPLES and value == ()):
+    for thing, kinds in ((trial, _TRIAL_TYPES), (problem, _TYPES[problem.op])):
+        for name, kind in kinds:
+            value: Any = getattr(thing, name)
+            if value is None or (kind is tuple and value == ()):
                 continue
-            if name in _TUPLES or type(value) is not _type(name) or value != value or value in (math.inf, -math.inf):
+            if kind is tuple or type(value) is not kind or (kind is float and not math.isfinite(value)):
                 return False
     return True
 
 
-@functools.cache
 def _type(name: str) -> type:
+    if name in _TUPLES:
+        return tuple
     return bool if name in _BOOLS else int if name in _INTS else float if name in _FLOATS else str
+
+
+_Kinds = tuple[tuple[str, Any], ...]  # of thousands of rows
+_TRIAL_TYPES: _Kinds = tuple((name, _type(name)) for name in _TRIAL)
+_TYPES: dict[str, _Kinds] = {op: tuple((name, _type(name)) for name in own) for op, own in _OWN.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- Store
