@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -53,3 +54,19 @@ def cache_dir(tmp_path) -> Iterator[str]:
         yield str(tmp_path / "cache")
     plan.forget()
     cache.forget()
+
+
+@pytest.fixture
+def null() -> Iterator[Any]:
+    """Calls on CPU tensors planned for sm_90 and sent to the null runtime."""
+    import mla_jit
+    from mla_jit import launch, settings
+    from mla_jit.launch.null import NullRuntime
+
+    runtime = NullRuntime()
+    with settings.scope(target="sm_90"):
+        launch.override(runtime)
+        mla_jit.reload()
+        yield runtime
+    launch.override(None)
+    mla_jit.reload()

@@ -5,29 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 import mla_jit
-from mla_jit import api, api_guards, launch, settings
+from mla_jit import api, api_guards
 from mla_jit.launch.null import NullRuntime
 
 Call = tuple[Any, Any, dict[str, Any]]
 
 
-@pytest.fixture(autouse=True)
-def null() -> Iterator[NullRuntime]:
-    """Calls on CPU tensors planned for sm_90 and sent to the null runtime."""
-    runtime = NullRuntime()
-    with settings.scope(target="sm_90"):
-        launch.override(runtime)
-        mla_jit.reload()
-        yield runtime
-    launch.override(None)
-    mla_jit.reload()
+pytestmark = pytest.mark.usefixtures("null")
 
 
 def table_call(batch: int = 2) -> Call:

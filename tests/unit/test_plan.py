@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 import mla_jit
-from mla_jit import api, launch, plan, settings, target
+from mla_jit import api, plan, settings, target
 from mla_jit.compile import cache
 from mla_jit.errors import CacheMiss
 from mla_jit.launch.base import Binding
 from mla_jit.launch.null import NullRuntime
 from mla_jit.ops.decode.inputs import decode_inputs
 from mla_jit.problem import DecodeProblem
-
-
-@pytest.fixture
-def null() -> Iterator[NullRuntime]:
-    """Calls on CPU tensors planned for sm_90 and sent to the null runtime."""
-    runtime = NullRuntime()
-    with settings.scope(target="sm_90"):
-        launch.override(runtime)
-        mla_jit.reload()
-        yield runtime
-    launch.override(None)
-    mla_jit.reload()
 
 
 def arguments(heads: int = 16, batch: int = 2, pages: int = 4) -> tuple[torch.Tensor, torch.Tensor, dict]:

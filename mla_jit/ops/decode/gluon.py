@@ -9,11 +9,11 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from mla_jit.compile import triton as toolchain
-from mla_jit.compile.artifact import Limits, Scalar, Source
+from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
+from mla_jit.ops import specialised
 from mla_jit.ops.decode import splitk
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
@@ -105,19 +105,9 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
         k: v for k, v in like.constants if k in _CONSTANTS or (v is None and k not in _WITHOUT)
     }
     constants |= {"LAZY": bool(config["lazy"]), "REGISTERS": _REGISTERS}
-    options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
-    options["num_warps"] = 4  # of a consumer; the kernel starts twelve
-    stage1 = dataclasses.replace(
-        like,
-        name=NAME,
-        content=toolchain.closure(_PATH, NAME),
-        constants=tuple(sorted(constants.items())),
-        signature=tuple((parameter, kind) for parameter, kind, _ in _arguments(p, target, config)),
-        options=tuple(options.items()),
-        locator=f"{_MODULE}:{NAME}",
-        limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES, require=target.mma
-        ),
+    signature = [(parameter, kind) for parameter, kind, _ in _arguments(p, target, config)]
+    stage1 = specialised.source(
+        like, target, NAME, _MODULE, _PATH, constants=constants, signature=signature, spill_bytes=_SPILL_BYTES
     )
     return (stage1, *rest)
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mla_jit.compile import triton as toolchain
-from mla_jit.compile.artifact import Limits, Scalar, Source
+from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.config import Config
 from mla_jit.launch.base import Arg, Launch
+from mla_jit.ops import specialised
 from mla_jit.ops.decode import gluon, persistent
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
@@ -67,21 +67,10 @@ def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, .
         k: v for k, v in like.constants if k in _CONSTANTS or (v is None and k not in _WITHOUT)
     }
     constants |= {"LAZY": bool(config["lazy"]), "REGISTERS": gluon._REGISTERS}
-    options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
-    options["num_warps"] = 4  # of a consumer; the kernel starts twelve
-    walk = dataclasses.replace(
-        like,
-        name=NAME,
-        content=toolchain.closure(_PATH, NAME),
-        constants=tuple(sorted(constants.items())),
-        signature=tuple((parameter, kind) for parameter, kind, _ in _arguments(p, target, config)),
-        options=tuple(options.items()),
-        locator=f"{_MODULE}:{NAME}",
-        limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=_SPILL_BYTES,
-            require=target.mma,
-        ),
-    )  # fmt: skip
+    signature = [(parameter, kind) for parameter, kind, _ in _arguments(p, target, config)]
+    walk = specialised.source(
+        like, target, NAME, _MODULE, _PATH, constants=constants, signature=signature, spill_bytes=_SPILL_BYTES
+    )
     return (walk, *rest)
 
 

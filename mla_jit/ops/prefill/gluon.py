@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mla_jit.compile import triton as toolchain
-from mla_jit.compile.artifact import Limits, Scalar, Source
+from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
+from mla_jit.ops import specialised
 from mla_jit.ops.prefill import tiles
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import PrefillProblem
@@ -94,21 +94,11 @@ def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, 
     (like,) = tiles.sources(p, target, _like(config))
     constants: dict[str, Scalar] = {k: v for k, v in like.constants if k in CONSTANTS or v is None}
     constants = {k: v for k, v in constants.items() if k not in WITHOUT} | {"REGISTERS": REGISTERS}
-    options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
-    options["num_warps"] = 4  # of a consumer; the kernel starts twelve
-    source = dataclasses.replace(
-        like,
-        name=NAME,
-        content=toolchain.closure(_PATH, NAME),
-        constants=tuple(sorted(constants.items())),
-        signature=tuple((parameter, kind) for parameter, kind, _ in _arguments(p, target, config)),
-        options=tuple(options.items()),
-        locator=f"{_MODULE}:{NAME}",
-        limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=SPILL_BYTES, require=target.mma
-        ),
+    signature = [(parameter, kind) for parameter, kind, _ in _arguments(p, target, config)]
+    made = specialised.source(
+        like, target, NAME, _MODULE, _PATH, constants=constants, signature=signature, spill_bytes=SPILL_BYTES
     )
-    return (source,)
+    return (made,)
 
 
 def launches(p: PrefillProblem, target: Target, config: Config) -> tuple[Launch, ...]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from mla_jit.compile import triton as toolchain
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch, TensorView
+from mla_jit.ops import specialised
 from mla_jit.ops.decode.splitk import _source
 from mla_jit.ops.prefill import gluon, persistent, tiles
 from mla_jit.ops.variant import Cost, Variant
@@ -100,21 +100,10 @@ def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, 
     like, *rest = persistent.sources(_wide(p), target, _like(config))
     constants: dict[str, Scalar] = {k: v for k, v in like.constants if k in gluon.CONSTANTS or v is None}
     constants = {k: v for k, v in constants.items() if k not in gluon.WITHOUT} | {"REGISTERS": gluon.REGISTERS}
-    options: dict[str, Scalar] = {k: v for k, v in like.options if k != "num_stages"}
-    options["num_warps"] = 4  # of a consumer; the kernel starts twelve
-    walk = dataclasses.replace(
-        like,
-        name=NAME,
-        content=toolchain.closure(_PATH, NAME),
-        constants=tuple(sorted(constants.items())),
-        signature=tuple((parameter, kind) for parameter, kind, _ in _arguments(p, target, config)),
-        options=tuple(options.items()),
-        locator=f"{_MODULE}:{NAME}",
-        limits=Limits(
-            smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=gluon.SPILL_BYTES,
-            require=target.mma,
-        ),
-    )  # fmt: skip
+    signature = [(parameter, kind) for parameter, kind, _ in _arguments(p, target, config)]
+    walk = specialised.source(
+        like, target, NAME, _MODULE, _PATH, constants=constants, signature=signature, spill_bytes=gluon.SPILL_BYTES
+    )
     if _narrow(p):
         limits = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=0)
         few: dict[str, Scalar] = {"num_warps": 4, "num_stages": 1}
