@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mla_jit import ahead, ops, resources, target
+from mla_jit import ahead, ops, resources, settings, target
 from mla_jit.compile import triton as toolchain
 from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
@@ -216,15 +216,20 @@ def _execute(problem: Any, there: Target, backend: str) -> str | None:
     from mla_jit import trial
 
     device = "cpu" if there.runtime == "cpu" else "cuda"
-    if isinstance(problem, PrefillProblem):
-        prompt = trial.make_prompt(problem, device)
-        out, lse = mla_jit.prefill(prompt.q, prompt.k, prompt.v, **prompt.keywords)
-        judge = functools.partial(trial.judge_prompt, prompt)
-    else:
-        call = trial.make_call(problem, device)
-        out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
-        judge = functools.partial(trial.judge, call)
-    dispatch = mla_jit.last_dispatch()
+    try:
+        with settings.scope(backends=(backend,)):  # another backend's variant may be the faster one
+            mla_jit.reload()
+            if isinstance(problem, PrefillProblem):
+                prompt = trial.make_prompt(problem, device)
+                out, lse = mla_jit.prefill(prompt.q, prompt.k, prompt.v, **prompt.keywords)
+                judge = functools.partial(trial.judge_prompt, prompt)
+            else:
+                call = trial.make_call(problem, device)
+                out, lse = mla_jit.decode(call.q, call.kv_cache, **call.keywords)
+                judge = functools.partial(trial.judge, call)
+            dispatch = mla_jit.last_dispatch()
+    finally:
+        mla_jit.reload()
     if dispatch is None or dispatch.backend != backend:
         return (
             f"{problem} was served by {dispatch.variant if dispatch else None}, which is not of the backend {backend}"

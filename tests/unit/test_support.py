@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mla_jit
 from mla_jit import ahead, models, ops, plan, resources, settings, support, target
 from mla_jit.compat import aiter as compat_aiter
 from mla_jit.compile import cache
@@ -67,6 +68,21 @@ def test_what_is_executed_here_is_right(cell):
     (row,), failures = support.prove([cell])
     assert failures == {}
     assert row.what == "executed"
+
+
+def test_a_cell_is_run_by_its_own_backend_though_another_be_faster(monkeypatch):
+    cell = next(c for c in CELLS if c.key[-2:] == ("cpu", "cpu") and c.op == "decode" and c.q_dtype == "fp32")
+    seen, decode = [], mla_jit.decode
+
+    def watched(*args, **keywords):
+        seen.append(settings.current().backends)
+        return decode(*args, **keywords)
+
+    monkeypatch.setattr(mla_jit, "decode", watched)
+    with settings.scope(backends=("triton", "cpu")):
+        assert support.prove([cell])[1] == {}
+        assert settings.current().backends == ("triton", "cpu")
+    assert set(seen) == {("cpu",)}
 
 
 def test_evidence_of_another_revision_does_not_count(monkeypatch):
