@@ -1,7 +1,7 @@
 """Runs decode cases through the PTX templates in the emulator ptx_machine; a process of its own (TRITON_INTERPRET=1).
 
     TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
-        [--part I/N] [--page 64] [--splits N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
+        [--part I/N] [--page 64] [--splits N] [--heads N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
 
 The kernels are the rendered texts, run with the variant's own launches; what makes a work list runs in Triton's
 interpreter. Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and
@@ -65,11 +65,14 @@ def planted(variant: str, name: str) -> Iterator[None]:
         render.closure = true
 
 
-def fitting(case: cases.Case, page: int, splits: int) -> cases.Case:
-    """The case with pages of at least so many tokens that hold whole tiles, and so many splits if it may have any.
+def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
+    """The case with pages of at least so many tokens that hold whole tiles, so many splits if it may have any, and at least
+    so many heads (of one KV head).
 
-    With 0 of either as it is.
+    With 0 of any as it is.
     """
+    if case.kv_heads == 1 and case.heads < heads:
+        case = dataclasses.replace(case, heads=heads)
     if splits and case.num_kv_splits is None and not case.batch_invariant:
         case = dataclasses.replace(case, num_kv_splits=splits)
     return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64)) if page else case
@@ -200,6 +203,7 @@ def main() -> int:
         "--page", type=int, default=64, help="at least so many tokens, whole tiles; 0: as the cases have it"
     )
     parser.add_argument("--splits", type=int, default=0, help="num_kv_splits of the cases that leave it open")
+    parser.add_argument("--heads", type=int, default=0, help="at least so many, of the cases with one KV head")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("changes", nargs="*", help="tunables, name=value")
     options = parser.parse_args()
@@ -211,7 +215,7 @@ def main() -> int:
         return alive(variant, target, options.seed)
     cases_of = {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]
     fit = [
-        of_variant(fitting(interpretable(case, options.dtype), options.page, options.splits), variant)
+        of_variant(fitting(interpretable(case, options.dtype), options.page, options.splits, options.heads), variant)
         for case in cases_of
     ]
     chosen = [case for case in fit if options.only in case.id]

@@ -24,7 +24,12 @@ def every(op: str) -> tuple[Variant, ...]:
     """All variants of an op, whatever settings.backends names. Imported on first use."""
     if op == "decode":
         from mla_jit.ops.decode.asm_persistent import DECODE_PERSISTENT_ASM
-        from mla_jit.ops.decode.asm_splitk import DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM
+        from mla_jit.ops.decode.asm_splitk import (
+            DECODE_MIXED_ASM,
+            DECODE_NARROW_ASM,
+            DECODE_NARROW_PAIR_ASM,
+            DECODE_SPLITK_ASM,
+        )
         from mla_jit.ops.decode.blocked_cpu import DECODE_BLOCKED_CPU
         from mla_jit.ops.decode.gluon import DECODE_SPLITK_GLUON
         from mla_jit.ops.decode.persistent import DECODE_PERSISTENT_TRITON
@@ -32,8 +37,8 @@ def every(op: str) -> tuple[Variant, ...]:
         from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON
 
         return (
-            DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM, DECODE_SPLITK_GLUON, DECODE_SPLITK_TRITON,
-            DECODE_PERSISTENT_ASM, DECODE_PERSISTENT_GLUON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU,
+            DECODE_NARROW_ASM, DECODE_NARROW_PAIR_ASM, DECODE_SPLITK_ASM, DECODE_MIXED_ASM, DECODE_SPLITK_GLUON,
+            DECODE_SPLITK_TRITON, DECODE_PERSISTENT_ASM, DECODE_PERSISTENT_GLUON, DECODE_PERSISTENT_TRITON, DECODE_BLOCKED_CPU,
         )  # fmt: skip
     if op == "prefill":
         from mla_jit.ops.prefill.blocked_cpu import PREFILL_BLOCKED_CPU

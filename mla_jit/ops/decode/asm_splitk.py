@@ -1,4 +1,5 @@
-"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32).
+"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32), and
+`decode_mixed_asm` (64, but fewer for a sequence that turns out short).
 
 How sequences are cut, and the arguments, are those of splitk.py. Partials have the result's type (Triton's kernels have
 fp32 ones); `combine.ptx` sums them. Imports neither triton nor jinja2.
@@ -31,6 +32,7 @@ _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
+_MIXED = 4  # sequences
 _CLUSTER = (
     2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
 )
@@ -101,6 +103,37 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
 
 
+def _mixed_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
+    """Wide's; for short sequences narrow's in the same place, but for its barriers, which lie behind."""
+    wide = _wide_layout(p, target, config)
+    short = _narrow_layout(
+        p, dataclasses.replace(target, smem_bytes=wide["BARRIERS"]), config.replace(block_m=config.int("short_m"))
+    )
+    barriers = max(wide["ARENA"], short["BARRIERS"])
+    return wide | {
+        "SHORT": config.int("short"), "SHORT_M": config.int("short_m"), "SHORT_SLOTS": short["SLOTS"],
+        "SHORT_AT": [short[name] for name in ("RING", "Q", "P", "MAXIMA")], "SHORT_BARRIERS": barriers,
+        "ARENA": barriers + 16 * short["SLOTS"],
+    }  # fmt: skip
+
+
+def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
+    if p.batch > _MIXED:
+        return f"{p.batch} sequences fill the device in blocks of 64 rows, however short; for up to {_MIXED}"
+    if p.rows <= config.int("short_m"):
+        return f"{p.rows} rows are one block of {config['short_m']} for long sequences too: decode_narrow_asm"
+    if p.batch_invariant:
+        return "batch_invariant: pieces have a fixed length"
+    if _short_splits(p, config) < 1:
+        return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
+    return None
+
+
+def _short_splits(p: DecodeProblem, config: Config) -> int:
+    """Pieces of a short sequence, for as many programs as a long one has."""
+    return splitk.num_splits(p, config) * -(-p.rows // _BOX) // max(1, -(-p.rows // config.int("short_m")))
+
+
 WIDE = Template(
     name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p, target: 64,
     layout=_wide_layout, space=(64,), tiles=(32, 64),
@@ -116,6 +149,9 @@ NARROW = Template(
         else 16 if -(-p.rows // 16) * p.num_kv_heads * _tokens(p) <= target.sms * _BOX else _NARROW
     ),
     layout=_narrow_layout, space=(8, 16, 24, 32), tiles=(64,),
+)  # fmt: skip
+MIXED = dataclasses.replace(
+    WIDE, name="decode_mixed_asm", file="decode_mixed.ptx", blocks=_mixed_blocks, layout=_mixed_layout, tiles=(64,),
 )  # fmt: skip
 NARROW_PAIR = dataclasses.replace(
     NARROW, name="decode_narrow_pair_asm", file="decode_narrow_pair.ptx",
@@ -181,7 +217,9 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
         like["block_n"] = min(template.tiles)  # copied, not gathered
     if template is WIDE:
         like["walk"] = False
-    config = Config.of(template.name, **like, policy="evict_first", together=True)
+    if template is MIXED:
+        like |= {"short": 2048, "short_m": 32}
+    config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
     config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
     if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
         walking = config.replace(walk=True, together=False)
@@ -197,15 +235,15 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    items = {name: value for name, value in config.items() if name not in ("policy", "together", "walk")}
+    items = {name: value for name, value in config.items() if name not in ("policy", "together", "walk", "short", "short_m")}
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
     own: dict[str, Scalar] = {"WALK": _walks(p, config)} if "walk" in config else {}
+    own |= {} if "short" in config else {"SPLITS": _CLUSTER if _together(p, config) else 0}
     return _shared_constants(template, p, target, config) | own | {
-        "BATCH_POW2": splitk._batch_pow2(p), "SPLITS": _CLUSTER if _together(p, config) else 0,
-        "PDL": bool(config["pdl"]),
+        "BATCH_POW2": splitk._batch_pow2(p), "PDL": bool(config["pdl"]),
     }  # fmt: skip
 
 
@@ -224,7 +262,11 @@ def _shared_constants(template: Template, p: DecodeProblem, target: Target, conf
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
-    return _read(p, config, splitk._stage1(p, target, _like(config))[1])
+    return _read(p, config, splitk._stage1(p, target, _like(config))[1]) + _short_argument(config)
+
+
+def _short_argument(config: Config) -> list[tuple[str, str, Arg]]:
+    return splitk._scalars(("short_splits",)) if "short" in config else []
 
 
 def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]]) -> list[tuple[str, str, Arg]]:
@@ -266,6 +308,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
+        "SHORT": config.get("short", 0),
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -307,7 +350,8 @@ def _combine_default(p: DecodeProblem) -> tuple[int, int]:
 def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     unread = {"cp_rank", "cp_world"} if not p.context_parallel else set()
     unread |= {"lse_stride_t", "lse_stride_h", "lse_mul"} if not p.lse else set()
-    return [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
+    found = [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
+    return found + _short_argument(config)
 
 
 def _walks(p: DecodeProblem, config: Config) -> bool:
@@ -368,7 +412,8 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
 
 
 def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1}
+    short = {"short_splits": _short_splits(p, config)} if "short" in config else {}
+    return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1} | short
 
 
 def _workspace_bytes(p: DecodeProblem, target: Target, config: Config) -> int:
@@ -387,6 +432,8 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
     The bytes of partials and the second launch are in it, `together` or not.
     """
+    if "short" in config and p.max_kv_len <= config.int("short"):
+        config = config.replace(block_m=config["short_m"], num_kv_splits=_short_splits(p, config))
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
     if config["block_m"] == _BOX:
@@ -406,6 +453,8 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     }  # fmt: skip
     if template is WIDE:
         space["walk"] = (False, True)
+    if template is MIXED:
+        space |= {"short": (1024, 2048, 4096, 8192), "short_m": (16, 32), "together": (False,), "lazy": (True,)}
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
         rejects=lambda p, target, config: _rejects(template, p, target, config),
@@ -421,3 +470,4 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
 DECODE_SPLITK_ASM = _variant(WIDE, 3)
 DECODE_NARROW_ASM = _variant(NARROW, 3)
 DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 2, measured_only=True)
+DECODE_MIXED_ASM = _variant(MIXED, 1, measured_only=True)
