@@ -31,6 +31,9 @@ class Variant:
     `measured_only`: no model takes it, only a measured row (of the shape or of one near by); so for a kernel that no
     hardware of its targets has run yet. The tuner measures it like any other.
 
+    `any_length`: serves short and long sequences differently, so it is for calls whose lengths the host does not know. The
+    tuner times its configs at each length of a family, and leaves them out where it searches for one length.
+
     `host`, where set, is the callable of a host variant (no source, no artifact): it takes `(problem, config, inputs)`.
     """
 
@@ -60,6 +63,7 @@ class Variant:
     revision: int = 1  # raised whenever a change of the template makes older measurements stale
     space: dict[str, tuple[int | str | bool, ...]] = field(default_factory=dict, compare=False, hash=False)
     measured_only: bool = False
+    any_length: bool = False
     host: Callable[[Any, Config, Any], None] | None = None
 
 

@@ -318,6 +318,7 @@ class _Sweep:
         if found:  # and what a call without hints has without a database
             longest = max(family, key=lambda kin: (kin.max_kv_len, kin.total_kv is None))
             found |= dict.fromkeys(candidates(longest, self.target)[:1])
+            found |= dict.fromkeys(_for_any_length(longest, self.target))
             found |= dict.fromkeys(self.steadiest(problem))
         known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
         legal = _legal(problem, self.target)
@@ -429,6 +430,14 @@ class _Sweep:
             policy=f"{candidate.POLICY.partition(':')[0]}, {rounds} rounds of {window_ms:g} ms", command=self.command,
             created=dt.datetime.now(dt.timezone.utc).isoformat(timespec="seconds"), note=found.note,
         )  # fmt: skip
+
+
+def _for_any_length(longest: Tunable, target: Target) -> list[Config]:
+    """Configs that serve short and long sequences differently, made for the longest of a family."""
+    if not isinstance(longest, DecodeProblem):
+        return []
+    variants = [variant for variant in ops.variants(longest.op) if variant.any_length]
+    return space.candidates(dataclasses.replace(longest, hinted=False), target, variants)
 
 
 def _but_lengths(problem: Tunable) -> Tunable:

@@ -64,7 +64,7 @@ def test_a_measured_row_is_taken_and_named(database: Path) -> None:
     assert choice.variant is splitk.DECODE_SPLITK_TRITON
     assert set(choice.rejected) == {
         "decode_splitk_gluon", "decode_persistent_gluon", "decode_persistent_triton", "decode_blocked_cpu",
-        "decode_splitk_asm", "decode_narrow_asm", "decode_narrow_pair_asm", "decode_persistent_asm",
+        "decode_splitk_asm", "decode_narrow_asm", "decode_narrow_pair_asm", "decode_mixed_asm", "decode_persistent_asm",
     }  # fmt: skip
 
 

@@ -235,7 +235,9 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    items = {name: value for name, value in config.items() if name not in ("policy", "together", "walk", "short", "short_m")}
+    items = {
+        name: value for name, value in config.items() if name not in ("policy", "together", "walk", "short", "short_m")
+    }
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
 
@@ -433,7 +435,7 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     The bytes of partials and the second launch are in it, `together` or not.
     """
     if "short" in config and p.max_kv_len <= config.int("short"):
-        config = config.replace(block_m=config["short_m"], num_kv_splits=_short_splits(p, config))
+        config = config.replace(block_m=config["short_m"], num_kv_splits=max(1, _short_splits(p, config)))
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
     if config["block_m"] == _BOX:
@@ -463,7 +465,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         launches=lambda p, target, config: _launches(template, p, target, config),
         cost=_cost,
         workspace_bytes=_workspace_bytes, numbers=_numbers, offsets=_offsets,
-        resize=splitk.resize, space=space, measured_only=measured_only,
+        resize=splitk.resize, space=space, measured_only=measured_only, any_length=template is MIXED,
     )  # fmt: skip
 
 
