@@ -8,7 +8,10 @@ _OTHERS = "ld.shared.v2.f32 {f2, f3}, [{{ place }}+{{ SUMS + 32 * i + 4 * N * ot
 _FIRST = "barrier.cluster.arrive.release.aligned;\n        {{ m.ceil_div"
 _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluster.wait.acquire.aligned;\n    }"
 
-CHANGES = {"walk: ": {"walk": True, "together": False}}  # by how a mistake's name begins, the tunables that reach it
+CHANGES: dict[str, dict[str, object]] = {
+    "walk: ": {"walk": True, "together": False},
+    "short: ": {"short": 256, "short_m": 8},
+}  # by how a mistake's name begins, the tunables that reach it
 PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
@@ -166,8 +169,29 @@ PAIR: dict[str, tuple[str, str, str]] = {
     "every tile by both": ("narrow.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
     "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
+MIXED: dict[str, tuple[str, str, str]] = {
+    "short: long ones, too": ("pieces.ptx", "setp.gt.s32 p, t0, {{ SHORT }};", "setp.gt.s32 p, t0, {{ SHORT * 64 }};"),
+    "short: the combine has no such": (
+        "combine.ptx",
+        "setp.le.s32 p, kv_len, {{ SHORT }};",
+        "setp.lt.s32 p, kv_len, 0;",
+    ),
+    "short: the partials of one piece": (
+        "pieces.ptx",
+        "    add.u32 piece, piece, split;\n    ld.param",
+        "    ld.param",
+    ),
+    "short: the first rows alone": ("pieces.ptx", "    sub.u32 row_block, split, t1;", "    mov.u32 row_block, 0;"),
+    "short: as many blocks as of 64 rows": (
+        "pieces.ptx",
+        "{{ G }}, {{ SHORT_M - 1 }};\n    {{ m.divide('t1', 't1', SHORT_M) }}",
+        "{{ G }}, {{ BLOCK_M - 1 }};\n    {{ m.divide('t1', 't1', BLOCK_M) }}",
+    ),
+    "short: boxes given back early": ("wide.ptx", "'empty', i, 'of a short sequence'), 4)", "'empty', i, ''), 3)"),
+}
 MISTAKES = {
     "decode_splitk_asm": WIDE,
+    "decode_mixed_asm": MIXED,
     "decode_persistent_asm": PERSISTENT,
     "decode_narrow_asm": NARROW,
     "decode_narrow_pair_asm": PAIR,

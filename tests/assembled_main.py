@@ -1,7 +1,8 @@
 """Runs decode cases through the PTX templates in the emulator ptx_machine; a process of its own (TRITON_INTERPRET=1).
 
     TRITON_INTERPRET=1 python tests/assembled_main.py [--variant NAME] [--sms 3] [--dtype fp16] [--only TEXT]
-        [--part I/N] [--page 64] [--splits N] [--heads N] [--seed N] [--cases small|large|mistakes] [--stop] [name=value …]
+        [--part I/N] [--page 64] [--splits N] [--heads N] [--seed N] [--cases small|large|mistakes] [--stop]
+        [name=value …]
 
 The kernels are the rendered texts, run with the variant's own launches; what makes a work list runs in Triton's
 interpreter. Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and
@@ -66,8 +67,8 @@ def planted(variant: str, name: str) -> Iterator[None]:
 
 
 def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
-    """The case with pages of at least so many tokens that hold whole tiles, so many splits if it may have any, and at least
-    so many heads (of one KV head).
+    """The case with pages of at least so many tokens that hold whole tiles, so many splits if it may have any, and at
+    least so many heads (of one KV head).
 
     With 0 of any as it is.
     """
@@ -168,13 +169,14 @@ def judged(
 def alive(variant: Variant, target: Target, seed: int) -> int:
     """How many of the mistakes no case notices, or no template has a place for."""
     found = 0
+    hard_cases = cases.HARD_OF.get(variant.name, cases.HARD)
     for mistake in MISTAKES[variant.name]:
         started, killed, stale = time.perf_counter(), "", ""
         pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
         lens, order = ORDERS.get(mistake, (None, seed))
         changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
-        for case in cases.HARD if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
-            hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces else case
+        for case in hard_cases if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
+            hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces and case.num_kv_splits is None else case
             try:
                 with planted(variant.name, mistake):
                     judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, changes, order)

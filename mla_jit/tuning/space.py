@@ -37,7 +37,9 @@ def candidates(
 ) -> list[Config]:
     """The legal configs to choose from, each different in its kernels or in how it cuts a sequence.
 
-    Without those for any length (`Variant.any_length`) where the length is known. First the default (of the variant that its own model says is fastest), then the other variants' defaults, then the
+    Without those for any length (`Variant.any_length`) where the length is known.
+
+    First the default (of the variant that its own model says is fastest), then the other variants' defaults, then the
     product of each space in the order of `variants` and of the file. The same list wherever it is made. Empty where no
     variant accepts the problem; a variant without a space has its default alone. InvalidInput for a space that names an
     unknown tunable or rule.

@@ -28,9 +28,10 @@ from mla_jit.problem import DecodeProblem
 HOPPER = target.by_name("sm_90")
 WIDE, NARROW = asm_splitk.DECODE_SPLITK_ASM, asm_splitk.DECODE_NARROW_ASM
 PAIR, PERSISTENT = asm_splitk.DECODE_NARROW_PAIR_ASM, asm_persistent.DECODE_PERSISTENT_ASM
+MIXED = asm_splitk.DECODE_MIXED_ASM
 FILES = {
     WIDE.name: "decode_splitk.ptx", NARROW.name: "decode_narrow.ptx", PAIR.name: "decode_narrow_pair.ptx",
-    PERSISTENT.name: "decode_persistent.ptx", "decode_combine_asm": "combine.ptx",
+    MIXED.name: "decode_mixed.ptx", PERSISTENT.name: "decode_persistent.ptx", "decode_combine_asm": "combine.ptx",
 }  # fmt: skip
 GOLDEN = Path(__file__).parents[1] / "golden" / "asm"
 PLAIN = DecodeProblem(num_heads=16, batch=4)
@@ -60,6 +61,7 @@ FACTORS: dict[str, list[Any]] = {
     "pdl": [True, False],
     "bounded": [False, True],
     "walk": [False, True],
+    "short_m": [16, 24, 32],
     "combine": [(1, 512), (1, 64), (1, 128), (1, 256), (4, 512), (8, 64), (2, 256)],  # heads, columns
 }
 
@@ -93,12 +95,18 @@ def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
     """(name, artifact, constants) of the kernels of each variant that serves the row. For a child process."""
     found = {}
     with settings.scope(bounded_waits=row["bounded"]):
-        for variant in (WIDE, NARROW, PAIR, PERSISTENT):
+        for variant in (WIDE, NARROW, PAIR, MIXED, PERSISTENT):
             problem = problem_of(row)
+            if variant is MIXED:  # for one sequence in many pieces
+                problem = dataclasses.replace(problem, batch=1, num_kv_splits=None)
             tile = dict(zip(("combine_h", "combine_d"), row["combine"], strict=True))
             config = variant.default(problem, HOPPER)
             config = config.replace(
-                **{k: v for k, v in (row | tile).items() if k in ("lazy", "policy", "pdl", *tile) and k in config}
+                **{
+                    k: v
+                    for k, v in (row | tile).items()
+                    if k in ("lazy", "policy", "pdl", "short_m", *tile) and k in config
+                }
             )
             if variant is WIDE:
                 walk = row["walk"] and row["block_n"] == 64
@@ -140,7 +148,7 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
         assert bool(artifact.extra["barriers"]) == constants.get("DEBUG", False)
 
 
-@pytest.mark.parametrize("variant", [WIDE, PERSISTENT, PAIR], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [WIDE, PERSISTENT, PAIR, MIXED], ids=lambda v: v.name)
 def test_the_roles_registers_fit_the_device(variant: Variant) -> None:
     """What setmaxnreg asks for: a producer's and two consumers' warpgroups share what the program starts with."""
     count = render.header("sm_90a", FILES[variant.name]).registers
@@ -164,6 +172,7 @@ def test_every_pair_occurs() -> None:
         (PAIR, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
         (WIDE, DecodeProblem(num_heads=128, batch=65, kv_lora_rank=128)),
         (PERSISTENT, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128, lse=True)),
+        (MIXED, DecodeProblem(num_heads=128, kv_lora_rank=128, lse=True)),
         (
             WIDE,
             DecodeProblem(
@@ -182,7 +191,7 @@ def test_every_pair_occurs() -> None:
             ),
         ),
     ],
-    ids=["wide", "narrow", "pair", "walk", "persistent", "much"],
+    ids=["wide", "narrow", "pair", "walk", "persistent", "mixed", "much"],
 )
 def test_rendered_text_is_as_committed(
     variant: Variant, problem: DecodeProblem, request: pytest.FixtureRequest

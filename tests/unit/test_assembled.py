@@ -51,6 +51,18 @@ RUNS = {
     "persistent, gathered": ("--variant=decode_persistent_asm", "--part=3/24", "--page=0"),
     "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/24", "--dtype=bf16", "--seed=5"),
     "persistent, real dims": ("--variant=decode_persistent_asm", "--cases=large", "--part=1/3", "--sms=7"),
+    "mixed": ("--variant=decode_mixed_asm", "--splits=12", "--heads=20", "--part=0/9", "short=64", "short_m=8"),
+    "mixed, gathered, another order": (
+        "--variant=decode_mixed_asm",
+        "--splits=6",
+        "--heads=70",
+        "--part=1/12",
+        "--page=0",
+        "--seed=3",
+        "short=128",
+        "short_m=16",
+    ),
+    "combine, many pieces at once": ("--splits=40", "--part=2/12", "combine_d=512", "combine_h=4", "min_tiles=1"),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
 }
 

@@ -41,6 +41,7 @@ RECORD = "python tests/unit/test_staleness.py --record"
 TARGETS = ("sm_80", "sm_90", "gfx942")
 PROBLEMS = (
     DecodeProblem(num_heads=16, batch=4),
+    DecodeProblem(num_heads=128),
     DecodeProblem(num_heads=128, batch=64, q_len=2, lse=True),
     DecodeProblem(num_heads=16, batch=4, kv_dtype="fp8_e4m3", paging="csr"),
     PrefillProblem(num_heads=16, num_kv_heads=16, lse=True),

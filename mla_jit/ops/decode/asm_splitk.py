@@ -1,4 +1,4 @@
-"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32), and
+"""The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32),
 `decode_mixed_asm` (64, but fewer for a sequence that turns out short).
 
 How sequences are cut, and the arguments, are those of splitk.py. Partials have the result's type (Triton's kernels have
@@ -17,6 +17,7 @@ from mla_jit import settings
 from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, splitk
 from mla_jit.ops.variant import Cost, Variant
@@ -26,9 +27,11 @@ from mla_jit.target import Target
 _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _BOX_BYTES = _BOX * _BOX * 2
 _NARROW = 32  # rows for which Oᵀ stays in registers
-_TILES = 5  # that the ring holds at most
+_TILES = 5  # that the ring holds at most; of copied ones, with one consumer, _COPIED_TILES
+_COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
+_THREADS = 256  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
@@ -87,8 +90,11 @@ def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, 
 def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: int = 1) -> dict[str, Any]:
     """The ring, q; of each consumer P, and maxima of its four warps; barriers.
 
-    As many boxes in the ring as there is room for. At the end two consumers have their sums and maxima where maxima
-    were, and what they exchange of O in the ring.
+    Two tiles in the ring; as many boxes as there is room for where tiles are gathered, or two consumers have one each.
+    At the end two consumers have their sums and maxima where maxima were, and what they exchange of O in the ring.
+
+    On an H200 exactly two tiles are as fast as 25 boxes (2.8 tiles) or up to 5 % faster, 22 boxes and 14 are not; and
+    the second kernel's programs find room beside these (1024 tokens, 128 heads: 7.65 us, then 7.16).
     """
     n, boxes = config.int("block_m"), _boxes(p)
     copied = boxes + (1 if p.rope_dim else 0)
@@ -97,7 +103,8 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
     exchanged = boxes * (1 + boxes % 2) * n * 256 if consumers == 2 else 0
     ends = n * (4 * p.kv_lora_rank + 16) + 1024 + exchanged  # and a piece's rows, to be put together
     # with fewer than two tiles the gatherer would wait for itself
-    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, _TILES * copied))
+    tiles = _COPIED_TILES if consumers == 1 and not _gathers(p, config) else _TILES
+    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, tiles * copied))
     ring = slots * _BOX_BYTES
     at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
@@ -310,7 +317,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
-        "SHORT": config.get("short", 0),
+        "SHORT": config.get("short", 0), "AT_ONCE": _at_once(p, config),
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -340,6 +347,16 @@ def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
     """(heads, columns) of a program of the combine; where the order of the sum must not depend on the batch, fixed."""
     heads, columns = (1, 512) if p.batch_invariant else (config.int("combine_h"), config.int("combine_d"))
     return heads, min(columns, max(64, splitk._pow2(p.kv_lora_rank, 64)))
+
+
+def _at_once(p: DecodeProblem, config: Config) -> int:
+    """Pieces that a group of the combine's threads has on their way: all that it may get, of 8 to 32 (of fp32 half)."""
+    least = 32 // (2 * DTYPES[p.out_dtype].bytes)
+    if p.batch_invariant:  # nor how it is grouped
+        return least
+    heads, columns = _combine_tile(p, config)
+    groups = max(1, _THREADS * 8 // columns // heads)
+    return min(4 * least, splitk._pow2(-(-splitk.num_splits(p, config) // groups), least))
 
 
 def _combine_default(p: DecodeProblem) -> tuple[int, int]:
@@ -456,7 +473,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     if template is WIDE:
         space["walk"] = (False, True)
     if template is MIXED:
-        space |= {"short": (1024, 2048, 4096, 8192), "short_m": (16, 32), "together": (False,), "lazy": (True,)}
+        space |= {"short": (1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
         rejects=lambda p, target, config: _rejects(template, p, target, config),

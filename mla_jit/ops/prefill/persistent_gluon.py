@@ -26,7 +26,7 @@ _PATH = str(Path(__file__).with_name("gluon_prefill_persistent.py"))
 _WIDENING = "mla_jit.ops.prefill.triton_widen"
 _WIDENING_PATH = str(Path(__file__).with_name("triton_widen.py"))
 _WALK = 1.03  # of prefill_gluon's time for the same tiles
-_ROWS = 64  # tokens that a program makes wide
+_ROWS, _COLS = 16, 1024  # tokens, and elements of each, that a program makes wide
 
 
 def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
@@ -38,7 +38,7 @@ def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
         return f"q is {p.q_dtype}, k and v are {p.kv_dtype}: of fp8 types e4m3 is made wide"
     if DTYPES[p.q_dtype].bits == 8 and not _narrow(p):
         return f"q is {p.q_dtype}, k and v are {p.kv_dtype}: fp8 q needs k and v of the same dtype"
-    if _narrow(p) and _wide(p).keys * p.num_kv_heads >= 2**31:
+    if _narrow(p) and _widening_programs(p) >= 2**31:
         return "tokens × heads exceed the largest grid (2^31)"
     return gluon.refuses(_wide(p), target, config)
 
@@ -85,7 +85,8 @@ def _arguments(p: PrefillProblem, target: Target, config: Config) -> gluon.Parts
 
 def _widening(p: PrefillProblem, target: Target) -> tiles.Parts:
     """(constants, [(parameter, signature entry, launch argument)]) of the kernel that makes K and V wide."""
-    constants: dict[str, Scalar] = {"HK": p.num_kv_heads, "D": p.qk_dim, "DV": p.v_dim, "ROWS": _ROWS}
+    constants: dict[str, Scalar] = {"HK": p.num_kv_heads, "D": p.qk_dim, "DV": p.v_dim, "ROWS": _ROWS, "COLS": _COLS}
+    constants |= {f"{name.upper()}_TOGETHER": 1 if name in p.misaligned else 8 for name in ("k", "v")}
     arguments = [(f"{n}_ptr", tiles._pointer(p, target, n), Arg("ptr", n)) for n in ("k", "v", "kv_indptr")]
     wide = DTYPES[_wide(p).kv_dtype].triton
     arguments += [(f"{n}_ptr", f"*{wide}:16", Arg("ptr", n)) for n in ("k_wide", "v_wide")]
@@ -106,7 +107,7 @@ def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, 
     )
     if _narrow(p):
         limits = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=0)
-        few: dict[str, Scalar] = {"num_warps": 4, "num_stages": 1}
+        few: dict[str, Scalar] = {"num_warps": 8, "num_stages": 1}
         rest.append(
             _source(target, "widen", f"{NAME}_widen", _widening(p, target), few, limits, _WIDENING, _WIDENING_PATH)
         )
@@ -114,16 +115,21 @@ def sources(p: PrefillProblem, target: Target, config: Config) -> tuple[Source, 
 
 
 def launches(p: PrefillProblem, target: Target, config: Config) -> tuple[Launch, ...]:
-    """fp8 made wide, a program a (run of tokens, KV head); the list by one program; the wave; the combine."""
+    """fp8 made wide, a program a (run of tokens, run of elements); the list by one program; the wave; the combine."""
     arguments = tuple(arg for *_, arg in _arguments(p, target, config))
     found = [
         dataclasses.replace(launch, args=arguments) if launch.kernel == 0 else launch
         for launch in persistent.launches(_wide(p), target, _like(config))
     ]
     if _narrow(p):
-        grid = (-(-_tokens(p) // _ROWS) * p.num_kv_heads, 1, 1)
+        grid = (_widening_programs(p), 1, 1)
         found.insert(0, Launch(len(found), grid, tuple(arg for *_, arg in _widening(p, target)[1])))
     return tuple(found)
+
+
+def _widening_programs(p: PrefillProblem) -> int:
+    blocks = sum(-(-p.num_kv_heads * dim // _COLS) for dim in (p.qk_dim, p.v_dim))
+    return -(-_tokens(p) // _ROWS) * blocks
 
 
 def _tokens(p: PrefillProblem) -> int:

@@ -9,25 +9,34 @@ import triton.language as tl
 
 
 @triton.jit
-def _columns(x_ptr, wide_ptr, rows, ok, head, stride_t, stride_h, H: tl.constexpr, D: tl.constexpr):
-    """The rows' elements of one head, 64 columns at a time."""
-    cols = tl.arange(0, 64)
-    p_x = x_ptr + rows[:, None].to(tl.int64) * stride_t + head * stride_h + cols[None, :]
-    p_wide = wide_ptr + (rows[:, None].to(tl.int64) * H + head) * D + cols[None, :]
-    for c in tl.static_range(D // 64):
-        x = tl.load(p_x + c * 64, mask=ok[:, None], other=0.0)
-        tl.store(p_wide + c * 64, x.to(wide_ptr.dtype.element_ty), mask=ok[:, None])
+def _block(
+    x_ptr, wide_ptr, rows, last, block, stride_t, stride_h, HK: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """COLS elements of tokens, whose heads' elements are one row in the result. TOGETHER: so many lie in a row in x."""
+    cols = block * COLS + tl.arange(0, COLS)
+    ok = (rows < last)[:, None] & (cols < HK * D)[None, :]
+    place = cols // D * stride_h + cols % D
+    place = tl.max_contiguous(tl.multiple_of(place, TOGETHER), TOGETHER)
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_t + place[None, :], mask=ok, other=0.0)
+    wide = x.to(wide_ptr.dtype.element_ty)
+    tl.store(wide_ptr + rows[:, None].to(tl.int64) * (HK * D) + cols[None, :], wide, mask=ok)
 
 
 @triton.jit
 def widen(
     k_ptr, v_ptr, kv_indptr_ptr, k_wide_ptr, v_wide_ptr, batch, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr,
+    HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    K_TOGETHER: tl.constexpr, V_TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """A program: ROWS tokens of one head. The results lie [tokens, HK, D] and [tokens, HK, DV], without gaps."""
+    """A program: COLS elements of ROWS tokens, of K or V. The results lie [tokens, HK, D] and [tokens, HK, DV]."""
+    of_k: tl.constexpr = (HK * D + COLS - 1) // COLS
+    blocks: tl.constexpr = of_k + (HK * DV + COLS - 1) // COLS
     pid = tl.program_id(0)
-    head = pid % HK
-    rows = pid // HK * ROWS + tl.arange(0, ROWS)
-    ok = rows < tl.load(kv_indptr_ptr + batch)
-    _columns(k_ptr, k_wide_ptr, rows, ok, head, k_stride_t, k_stride_h, HK, D)
-    _columns(v_ptr, v_wide_ptr, rows, ok, head, v_stride_t, v_stride_h, HK, DV)
+    block = pid % blocks
+    rows = pid // blocks * ROWS + tl.arange(0, ROWS)
+    last = tl.load(kv_indptr_ptr + batch)
+    if block < of_k:
+        _block(k_ptr, k_wide_ptr, rows, last, block, k_stride_t, k_stride_h, HK, D, COLS, K_TOGETHER)
+    else:
+        _block(v_ptr, v_wide_ptr, rows, last, block - of_k, v_stride_t, v_stride_h, HK, DV, COLS, V_TOGETHER)
