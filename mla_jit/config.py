@@ -42,9 +42,9 @@ class Config(Mapping[str, Value]):
 
     def replace(self, **values: Value) -> Config:
         """The same config with some values changed; a name that it does not have is an error."""
-        if unknown := set(values) - set(self):
+        if unknown := values.keys() - self._values:  # type: ignore[attr-defined]
             raise KeyError(f"{self.variant} has no tunable {', '.join(sorted(unknown))}; it has {', '.join(self)}")
-        return Config.of(self.variant, **(dict(self.items_) | values))
+        return Config(self.variant, tuple([(name, values.get(name, old)) for name, old in self.items_]))
 
     def int(self, name: str) -> int:
         value = self[name]

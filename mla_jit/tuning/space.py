@@ -21,6 +21,7 @@ from mla_jit.target import Target
 Space = Mapping[str, Any]  # a variant's rows of the YAML file
 _CUT = ("num_kv_splits", "min_tiles")  # numbers of the launch; no other kernel, but for two splits and `together`
 _COMBINE = ("combine_s", "combine_h", "combine_d")  # of the second kernel
+_COMBINED = (*_COMBINE, "together")
 _NOT_COMPILED = (*_CUT, "overhead", "waves", "per_sm", *_COMBINE, "together")  # into the first kernel
 _LEAST_COMBINE = 8  # pieces that a program of the combine may hold however few there are
 _MOST_ROUNDS = 16  # of a program of the combine over its pieces
@@ -121,15 +122,23 @@ class _Identity:
     def __init__(self, problem: Tunable, target: Target, variant: Variant, default: Config) -> None:
         self.problem, self.target, self.variant, self.default = problem, target, variant, default
         self.parts: dict[Any, Any] = {}
+        self.cut: dict[Any, Any] = {}  # by all of a config but its combine: the first kernel, the splits, pieces
 
     def of(self, config: Config) -> tuple[Any, ...]:
         if self.variant.host is not None or "num_kv_splits" not in config:  # no slots to cut a sequence into
             return (config,)
-        count = pieces(self.problem, self.target, self.variant, config)
-        cut = ("num_kv_splits", min(3, config.int("num_kv_splits")))  # one, two and more may be of different kernels
-        first = tuple(item for item in config.items_ if item[0] not in (*_CUT, *_COMBINE))
-        combine = tuple(item for item in config.items_ if item[0] in (*_COMBINE, "together"))
-        return (self._kernels((*first, cut))[0], self._kernels((*combine, cut))[1:] if count > 1 else (), count)
+        but_combine = tuple([item for item in config.items_ if item[0] not in _COMBINE])
+        if (found := self.cut.get(but_combine)) is None:
+            # one, two and more may be of different kernels
+            splits = ("num_kv_splits", min(3, config.int("num_kv_splits")))
+            first = tuple([item for item in but_combine if item[0] not in _CUT])
+            count = pieces(self.problem, self.target, self.variant, config)
+            found = self.cut[but_combine] = self._kernels((*first, splits))[0], splits, count
+        kernel, splits, count = found
+        if count == 1:
+            return (kernel, (), count)
+        combine = tuple([item for item in config.items_ if item[0] in _COMBINED])
+        return (kernel, self._kernels((*combine, splits))[1:], count)
 
     def _kernels(self, part: tuple[tuple[str, Value], ...]) -> tuple[Any, ...]:
         """Of the default with these values."""
@@ -146,16 +155,17 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
     if unknown := set(itertools.chain(*rows)) - set(default):
         raise InvalidInput(f"a space names {', '.join(sorted(unknown))}; {variant.name} has {', '.join(default)}")
     if not problem.SLOTTED:
-        every = list(_choices(rows, default, target))
+        every = _choices(_changes(rows, target), default)
         tallest = max(min((config.int("block_m") for config in every), default=0), bucket(problem.q_len))
         yield from (config for config in every if config.int("block_m") <= tallest)
         return
     fixed = problem.num_kv_splits is not None or problem.batch_invariant  # these say how a sequence is cut
     splits = None if fixed else rows.get(("num_kv_splits",))
     least: dict[tuple[str, ...], Any] = {} if fixed else {n: v for n, v in rows.items() if n == ("min_tiles",)}
-    combine = {n: v for n, v in rows.items() if n[0] in _COMBINE}
+    least_tiles = _changes(least, target)
+    combine = _changes({n: v for n, v in rows.items() if n[0] in _COMBINE}, target)
     compiled = {n: v for n, v in rows.items() if n[0] not in (*_CUT, *_COMBINE)}
-    kernels = list(_choices(compiled, default, target))
+    kernels = _choices(_changes(compiled, target), default)
     heights = sorted({config.int("block_m") for config in kernels})
     if "num_kv_splits" not in default:  # nothing is cut into slots
         yield from (kernel for kernel in kernels if kernel.int("block_m") in _useful(problem, heights)[-2:])
@@ -164,22 +174,25 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
         if not _high_enough(problem, target, variant, kernel, heights):
             continue
         for count in _counts(problem, target, variant, kernel, splits):
-            for config in (cut := kernel.replace(num_kv_splits=count), *_choices(least, cut, target)):
+            for config in (cut := kernel.replace(num_kv_splits=count), *_choices(least_tiles, cut)):
                 n = pieces(problem, target, variant, config)
-                if n == 1 or not combine:
+                if n == 1:
                     yield config
                     continue
-                for choice in _choices(combine, config, target):
+                for choice in _choices(combine, config):
                     held = choice.int("combine_s") if "combine_s" in choice else None  # combine.ptx takes any number
                     if held is None or (held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n):
                         yield choice
 
 
-def _choices(rows: Mapping[tuple[str, ...], Any], start: Config, target: Target) -> Iterator[Config]:
-    """The config with each combination of the rows' values; nothing but itself where there are no rows."""
+def _changes(rows: Mapping[tuple[str, ...], Any], target: Target) -> list[dict[str, Value]]:
+    """Each combination of the rows' values; one that changes nothing where there are no rows."""
     values = [list(_values(names, row, target)) for names, row in rows.items()]
-    for combination in itertools.product(*values):
-        yield start.replace(**{k: v for change in combination for k, v in change.items()})
+    return [{k: v for change in changes for k, v in change.items()} for changes in itertools.product(*values)]
+
+
+def _choices(changes: Sequence[Mapping[str, Value]], start: Config) -> list[Config]:
+    return [start.replace(**change) if change else start for change in changes]
 
 
 def _values(names: tuple[str, ...], row: Any, target: Target) -> Iterator[dict[str, Value]]:

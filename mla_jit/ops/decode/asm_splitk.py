@@ -131,6 +131,8 @@ def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
         return f"{p.rows} rows are one block of {config['short_m']} for long sequences too: decode_narrow_asm"
     if p.batch_invariant:
         return "batch_invariant: pieces have a fixed length"
+    if not p.hinted and p.max_kv_len <= config.int("short"):
+        return f"no sequence is longer than {config['short']} tokens"
     if _short_splits(p, config) < 1:
         return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
     return None
@@ -225,7 +227,7 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     if template is WIDE:
         like["walk"] = False
     if template is MIXED:
-        like |= {"short": 2048, "short_m": 32}
+        like |= {"short": 2048, "short_m": 32 if p.rows > 32 else 16}
     config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
     config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
     if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
