@@ -408,8 +408,16 @@ def configs(
 
 
 def robust(trials: Iterable[Trial]) -> Config | None:
-    """The config with the best worst case over the lengths of these trials, sorted by problem; None if only one."""
-    return next(iter(by_worst_case(trials)), None)
+    """The config with the best worst case over the lengths of these trials, sorted by problem; None if only one.
+
+    Of a length the trials of the most effort: one that a search has but looked at everywhere may be bad everywhere.
+    """
+    found: list[Trial] = []
+    for _, group in itertools.groupby(trials, key=lambda trial: trial.problem):
+        rows = list(group)
+        most = max(row.effort for row in rows)
+        found += [row for row in rows if row.effort == most]
+    return next(iter(by_worst_case(found)), None)
 
 
 def by_worst_case(trials: Iterable[Trial]) -> list[Config]:

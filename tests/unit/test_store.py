@@ -762,6 +762,15 @@ def test_robust():
     assert lookup.robust([*rows, *faulty]) == config(2)
 
 
+def test_a_config_that_a_search_has_but_looked_at_everywhere_is_not_robust():
+    """It may be the only one that each search has measured, shortly, and bad everywhere."""
+    lengths = dict.fromkeys((1024, 4096, 16384), 1.0)
+    shortly = [dataclasses.replace(row, effort=0) for row in over_lengths({1: dict.fromkeys(lengths, 5.0)})]
+    winners = over_lengths({2: {1024: 1.0}, 3: {4096: 1.0, 16384: 1.0}})
+    rows = sorted([*shortly, *(dataclasses.replace(row, effort=2) for row in winners)], key=lambda t: str(t.problem))
+    assert lookup.robust(rows) == config(3)
+
+
 def test_without_hints_the_worst_case_counts(db):
     ship(over_lengths(TABLE) + over_lengths({1: {1024: 1.0, 16384: 1.0}}, batch=64))
     assert look(max_kv_len=1024).config == config(1)
