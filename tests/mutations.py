@@ -25,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNEL = "mla_jit/ops/decode/triton_splitk.py"
+PIECES = "mla_jit/ops/decode/triton_pieces.py"
+COMBINE = "mla_jit/ops/decode/triton_combine.py"
 SCALED = "mla_jit/ops/decode/triton_scaled.py"
 INPUTS = "mla_jit/ops/decode/inputs.py"
 
@@ -43,7 +45,11 @@ class Mutation:
 MUTATIONS = (
     # tokens
     Mutation(
-        "the last token skipped", "return tl.maximum(length, 0)\n", "return tl.maximum(length - 1, 0)\n", "kv100x37"
+        "the last token skipped",
+        "return tl.maximum(length, 0)\n",
+        "return tl.maximum(length - 1, 0)\n",
+        "kv100x37",
+        PIECES,
     ),
     Mutation("a short last tile skipped", "if full_tile < last_tile:", "if full_tile + 1 < last_tile:", "kv100x37"),
     Mutation(
@@ -52,7 +58,9 @@ MUTATIONS = (
         "tiles = tl.cdiv(kv_len - 1, BLOCK_N)",
         "11of0to65",
     ),
-    Mutation("the last page's length ignored", "(pages - 1) * PAGE + last", "pages * PAGE", "kv100x37-fp16-csr"),
+    Mutation(
+        "the last page's length ignored", "(pages - 1) * PAGE + last", "pages * PAGE", "kv100x37-fp16-csr", PIECES
+    ),
     Mutation("rope left out", "s = tl.dot(q_pe, tl.trans(k_pe), s)", "s = s", "kv100x37"),
     # pages, heads, ranks
     Mutation(
@@ -69,30 +77,47 @@ MUTATIONS = (
     ),
     Mutation("another KV head", "kv_ptr += kvh.to(tl.int64)", "kv_ptr += 0 * kvh.to(tl.int64)", "h8over2"),
     Mutation(
-        "a rank's last token skipped", "(limit - cp_rank + cp_world - 1)", "(limit - cp_rank + cp_world - 2)", "cp"
+        "a rank's last token skipped",
+        "(limit - cp_rank + cp_world - 1)",
+        "(limit - cp_rank + cp_world - 2)",
+        "cp",
+        PIECES,
     ),
     # splits
     Mutation(
-        "the last split dropped", "used = tl.cdiv(tiles, _even", "used = tl.cdiv(tiles, 1 + _even", "numkvsplits7"
+        "the last split dropped",
+        "used = tl.cdiv(tiles, _even",
+        "used = tl.cdiv(tiles, 1 + _even",
+        "numkvsplits7",
+        COMBINE,
     ),
     Mutation(
         "a split's values dropped",
         "part_ok = ok[:, :, None]",
         "part_ok = (offs_s < used - 1)[:, None, None] & ok[:, :, None]",
         "numkvsplits7",
+        COMBINE,
     ),
-    Mutation("a stale slot read", "ok = (offs_s < used)[:, None]", "ok = (offs_s < used + 1)[:, None]", "numkvsplits7"),
+    Mutation(
+        "a stale slot read",
+        "ok = (offs_s < used)[:, None]",
+        "ok = (offs_s < used + 1)[:, None]",
+        "numkvsplits7",
+        COMBINE,
+    ),
     Mutation(
         "uneven lengths: the last piece dropped",
         "tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))",
         "pieces - 1",
         "11of0to65",
+        COMBINE,
     ),
     Mutation(
         "uneven lengths: another's pieces",
         "first = tl.sum(tl.where(offs_b < b,",
         "first = tl.sum(tl.where(offs_b < b - 1,",
         "11of0to65",
+        COMBINE,
     ),
     # causal boundary
     Mutation(
@@ -121,7 +146,13 @@ MUTATIONS = (
     ),
     # LSE, sinks, scales
     Mutation("LSE in base 2, one piece", "lse * lse_mul, mask=row_ok", "lse, mask=row_ok", "numkvsplits1"),
-    Mutation("LSE in base 2, combined", "(shift + tl.log2(total)) * lse_mul", "shift + tl.log2(total)", "numkvsplits7"),
+    Mutation(
+        "LSE in base 2, combined",
+        "(shift + tl.log2(total)) * lse_mul",
+        "shift + tl.log2(total)",
+        "numkvsplits7",
+        COMBINE,
+    ),
     Mutation("LSE base ignored", '1.0 if lse_base == "2" else LN2', "LN2", "lsebase2", INPUTS),
     Mutation(
         "the sink counted in every split",
@@ -131,7 +162,11 @@ MUTATIONS = (
     ),
     Mutation("the sink of another head", "tl.load(sinks_ptr + head,", "tl.load(sinks_ptr + head // 2,", "sinks"),
     Mutation(
-        "the sink in the LSE", "(shift + tl.log2(total)) * lse_mul", "(shift + tl.log2(denominator)) * lse_mul", "sinks"
+        "the sink in the LSE",
+        "(shift + tl.log2(total)) * lse_mul",
+        "(shift + tl.log2(denominator)) * lse_mul",
+        "sinks",
+        COMBINE,
     ),
     Mutation("V without its scale", "v_scale *= kv_scale", "v_scale *= 1.0", "kvscaletensor"),
     # scales of 128 columns

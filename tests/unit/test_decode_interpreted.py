@@ -144,7 +144,7 @@ from mla_jit.launch.base import Arg, Binding, Launch
 from mla_jit.ops.decode.splitk import DECODE_SPLITK_TRITON as VARIANT
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import by_name
-kernel = "mla_jit.ops.decode.triton_splitk:combine"
+kernel = "mla_jit.ops.decode.triton_combine:combine"
 source = Source("k", "triton", "", "", "", signature=(("x_ptr", {kind!r}),), locator=kernel)
 bound = interpreter.bind((source,), ({Launch(0, (1, 1, 1), (arg,))!r},), Binding({{"n": 24, "x": 1}}))
 try:

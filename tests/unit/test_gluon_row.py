@@ -31,7 +31,7 @@ def functions(file: str, dialect: str) -> dict[str, ast.FunctionDef]:
     return found
 
 
-THEIRS, OURS = functions("triton_splitk.py", "tl"), functions("gluon_splitk.py", "gl")
+THEIRS, OURS = functions("triton_pieces.py", "tl"), functions("gluon_splitk.py", "gl")
 
 
 @pytest.mark.parametrize("name", ["_lengths", "_visible", "_even_pieces", "_inverse", "_pieces"])
@@ -54,7 +54,7 @@ def assigned(function: ast.FunctionDef, name: str) -> list[str]:
     "name", ["lengths", "tiles", "total", "even", "share", "cuts", "rounds", "time", "fits", "pieces"]
 )
 def test_both_kernels_cut_a_batch_alike(name: str) -> None:
-    """`combine` finds the pieces by triton_splitk's rule. Layouts, `wanted` and the search of the least may differ."""
+    """`combine` finds the pieces by triton_pieces' rule. Layouts, `wanted` and the search of the least may differ."""
     mine, other = assigned(OURS["_schedule"], name), assigned(THEIRS["_schedule"], name)
     assert other
     assert mine[: len(other)] == other

@@ -73,7 +73,7 @@ def functions(file: str, dialect: str) -> dict[str, str]:
 
 
 def test_both_walks_find_query_tokens_alike() -> None:
-    assert functions("gluon_persistent.py", "gl")["_tokens"] == functions("triton_splitk.py", "tl")["_tokens"]
+    assert functions("gluon_persistent.py", "gl")["_tokens"] == functions("triton_pieces.py", "tl")["_tokens"]
 
 
 @pytest.mark.parametrize(

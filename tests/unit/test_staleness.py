@@ -230,7 +230,7 @@ def test_nothing_of_the_machine_is_in_a_record(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("file", "old", "new", "changed"), [
-    ("triton_splitk.py", "# an online softmax over pieces", "#", {"decode_splitk_triton", "decode_splitk_gluon"}),
+    ("triton_combine.py", "# an online softmax over pieces", "#", {"decode_splitk_triton", "decode_splitk_gluon"}),
     ("triton_splitk.py", "tl.trans(k_pe), s)", "tl.trans(k_pe), s) + 0", {"decode_splitk_triton"}),
     ("gluon_splitk.py", "def decode_splitk_gluon(", "def decode_splitk_gluon(\n    # here\n", {"decode_splitk_gluon"}),
 ], ids=["of the combine, which is of both", "of the first kernel", "of Gluon's"])  # fmt: skip

@@ -1,6 +1,6 @@
 """The row of `decode_splitk_triton`: legality, default config, sources, launches, workspace and cost.
 
-The kernels are in triton_splitk.py; nothing here imports triton.
+The kernels are in triton_splitk.py and triton_combine.py; nothing here imports triton.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from mla_jit.target import Target
 NAME = "decode_splitk_triton"
 _MODULE = "mla_jit.ops.decode.triton_splitk"
 _PATH = str(Path(__file__).with_name("triton_splitk.py"))
+_COMBINE_MODULE = "mla_jit.ops.decode.triton_combine"
+_COMBINE_PATH = str(Path(__file__).with_name("triton_combine.py"))
 _COMPUTE = {"bf16": "tl:bfloat16", "fp16": "tl:float16", "fp32": "tl:float32"}
 _INVARIANT_TOKENS = 2048  # tokens a split under batch_invariant, whatever the batch
 _MOST_BALANCED = 1024  # sequences whose lengths one program holds
@@ -408,7 +410,8 @@ def combines(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, 
         return ()
     small = Limits(smem_bytes=target.smem_bytes, registers=target.registers, spill_bytes=64)
     options: dict[str, Scalar] = {"num_warps": 4, "num_stages": 2}
-    return (_source(target, "combine", f"{NAME}_combine", _combine(p, target, config), options, small),)
+    parts = _combine(p, target, config)
+    return (_source(target, "combine", f"{NAME}_combine", parts, options, small, _COMBINE_MODULE, _COMBINE_PATH),)
 
 
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:

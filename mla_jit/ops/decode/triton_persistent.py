@@ -28,7 +28,9 @@ reads them (the acquire of the same operation); the order of the sum is that of 
 import triton
 import triton.language as tl
 
-from mla_jit.ops.decode.triton_splitk import _lengths, _piece, _sum_pieces, _tokens, _visible
+from mla_jit.ops.decode.triton_combine import _sum_pieces
+from mla_jit.ops.decode.triton_pieces import _lengths, _tokens, _visible
+from mla_jit.ops.decode.triton_splitk import _piece
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Split-K MLA decode in Triton: stage 1 (`decode_splitk`) and stage 2 (`combine`). Imports triton only.
+"""Split-K MLA decode in Triton, stage 1: `decode_splitk`. Imports triton only.
 
 A program of stage 1 owns BLOCK_M packed rows (query token × head) of one sequence and KV head, and one split of its
 tokens. With q [BLOCK_M, C + R] kept, it walks the split in tiles of BLOCK_N tokens with an online softmax:
@@ -11,18 +11,19 @@ sequence: kv_len·(C + R)·sizeof for each block of rows; FLOPs: 2·rows·kv_len
 shared memory: num_stages tiles and q.
 
 The number of programs is fixed by the grid; each derives its piece of a sequence from the lengths on the device, so a
-graph captured at capacity serves any length (`_even_pieces` for one length, `_schedule` for a ragged batch). The main
+graph captured at capacity serves any length (triton_pieces.py). The main
 loop is free of masks. The tiles that need one (those that the causal diagonal crosses, and the partly filled last one)
 come before it with MASKED_FIRST, while O is still empty: no spills with mma.sync. With wgmma they come after it, since
 an O that reaches the loop through moves makes ptxas serialise every wgmma (C7515: 618 us at 128 heads × 128 × 4096,
 497 in the next run without it). A sequence that needs one split is written straight to `out`; the others leave fp32
-partials and their base-2 LSE, which `combine` sums in the order of the splits.
+partials and their base-2 LSE, which `combine` (triton_combine.py) sums in the order of the splits.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
+from mla_jit.ops.decode.triton_pieces import _even_pieces, _lengths, _schedule, _tokens, _visible
 from mla_jit.ops.decode.triton_scaled import _load_groups, _store_groups
 
 
@@ -42,90 +43,6 @@ def _convert(x, DECODE: tl.constexpr, COMPUTE: tl.constexpr):
     if DECODE != "":
         x = _fp8_to_fp16(x, DECODE == "e4m3fnuz")
     return x.to(COMPUTE)
-
-
-@triton.jit
-def _lengths(b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS: tl.constexpr, PAGE: tl.constexpr):
-    """Lengths in tokens of sequences b (an index, or many), 0 where not ok."""
-    if HAS_LENS:
-        length = tl.load(lens_ptr + b, mask=ok, other=0).to(tl.int32)
-    else:
-        pages = (tl.load(indptr_ptr + b + 1, mask=ok, other=0) - tl.load(indptr_ptr + b, mask=ok, other=0)).to(tl.int32)
-        length = pages
-        if PAGE > 1:
-            last = tl.load(last_ptr + b, mask=ok, other=0).to(tl.int32)
-            length = tl.where(pages > 0, (pages - 1) * PAGE + last, 0)
-    return tl.maximum(length, 0)
-
-
-@triton.jit
-def _tokens(b, qo_indptr_ptr, max_q_len):
-    """(first query token of sequence b, how many it has)."""
-    if qo_indptr_ptr is None:
-        q_len = max_q_len
-        q_first = b * max_q_len
-    else:
-        q_first = tl.load(qo_indptr_ptr + b).to(tl.int32)
-        q_len = tl.load(qo_indptr_ptr + b + 1).to(tl.int32) - q_first
-    return q_first, q_len
-
-
-@triton.jit
-def _visible(limit, cp_rank, cp_world, CP: tl.constexpr):
-    """How many tokens of this rank's share of the sequence lie below the global position `limit`."""
-    if CP:
-        limit = (limit - cp_rank + cp_world - 1) // cp_world
-    return tl.maximum(limit, 0)
-
-
-@triton.jit
-def _even_pieces(tiles, num_splits, min_tiles):
-    """Tiles a piece when every sequence gets num_splits slots: enough to fill them, at least min_tiles."""
-    return tl.maximum(tl.cdiv(tiles, num_splits), min_tiles)
-
-
-@triton.jit
-def _schedule(batch, wave, slots, lens_ptr, indptr_ptr, last_ptr, cp_rank, cp_world,
-              HAS_LENS: tl.constexpr, PAGE: tl.constexpr, CP: tl.constexpr, BLOCK_N: tl.constexpr,
-              BATCH_POW2: tl.constexpr):  # fmt: skip
-    """How a batch is cut for `slots` programs: (whether lengths are even; else each sequence's pieces, their indices).
-
-    Nearly equal lengths: num_splits slots a sequence. Else one cut c for all: of 16 candidates, 1/2 to 7 times
-    total/wave, the one with the least predicted time, min(waves·c, total/wave + c) + 1.5 tiles a piece and program,
-    whose pieces fit the slots. Integers only: both stages must come to the same cut.
-    """
-    offs_b = tl.arange(0, BATCH_POW2)
-    ok = offs_b < batch
-    lengths = _visible(_lengths(offs_b, ok, lens_ptr, indptr_ptr, last_ptr, HAS_LENS, PAGE), cp_rank, cp_world, CP)
-    tiles = tl.where(ok, tl.cdiv(lengths, BLOCK_N), 0)
-    total = tl.sum(tiles, 0)
-    even = tl.max(tiles, 0).to(tl.int64) * batch * 8 <= total.to(tl.int64) * 9
-    pieces = tiles
-    if not even:
-        share = tl.cdiv(total, wave)
-        k = tl.arange(0, 16)
-        cuts = tl.maximum((share * ((8 + 2 * (k % 4)) << (k // 4)) + 15) // 16, 1)
-        inverses = _inverse(cuts)
-        count = tl.sum(tl.where(ok[:, None], _pieces(tiles[:, None], inverses[None, :]), 0), 0)
-        rounds = tl.cdiv(3 * count, wave)
-        time = tl.where(count <= slots, 2 * tl.minimum(tl.cdiv(rounds, 3) * cuts, share + cuts) + rounds, 2147483647)
-        best = tl.argmin(time, 0)
-        fits = tl.min(time, 0) < 2147483647
-        pieces = _pieces(tiles, _inverse(tl.sum(tl.where(k == best, cuts, 0), 0)))
-        pieces = tl.where(ok & fits, pieces, ok.to(tl.int32))
-    return even, pieces, offs_b
-
-
-@triton.jit
-def _inverse(cut):
-    """2^32 / cut, by which `_pieces` divides many lengths with a multiplication each."""
-    return 0xFFFFFFFF // cut.to(tl.uint32) + (cut > 1).to(tl.uint32)
-
-
-@triton.jit
-def _pieces(tiles, inverse):
-    """About ceil(tiles / cut), at least 1: one off for some lengths, but the same wherever it is computed."""
-    return tl.umulhi(tl.maximum(tiles - 1, 0).to(tl.uint32), inverse).to(tl.int32) + 1
 
 
 @triton.jit
@@ -483,95 +400,3 @@ def decode_splitk(
            lse_stride_h, max_q_len, cp_rank, cp_world, qk_scale, v_scale, logit_cap, lse_mul, G, NUM_KV_HEADS, MULTI,
            C, R, PAGE, BLOCK_M, BLOCK_N, BLOCK_C, BLOCK_R, STAGES, TMA, MASKED_FIRST, CAUSAL, CAP, CP, HAS_LSE,
            COMPUTE, DECODE, Q_DECODE, QK_NATIVE)  # fmt: skip
-
-
-@triton.jit
-def _sum_pieces(
-    first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul,
-    H: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Sums slots first … first + used for BLOCK_H heads of a token and BLOCK_D columns, BLOCK_S slots at a time."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    heads = group * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_ok = heads < H
-    row = (first.to(tl.int64) * max_q_len + tok) * H + heads
-    step = max_q_len.to(tl.int64) * H  # rows a piece
-    top = tl.full((BLOCK_H,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    offs_d = column * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for s0 in tl.range(0, used, BLOCK_S):  # an online softmax over pieces: LSE and partials are on their way together
-        offs_s = s0 + tl.arange(0, BLOCK_S)
-        rows = row[None, :] + (offs_s * step)[:, None]
-        ok = (offs_s < used)[:, None] & head_ok[None, :]
-        lses = tl.load(part_lse_ptr + rows, mask=ok, other=float("-inf"))
-        part_ok = ok[:, :, None] & (offs_d < C)[None, None, :]
-        part = tl.load(part_ptr + (rows * C)[:, :, None] + offs_d[None, None, :], mask=part_ok, other=0.0)
-        higher = tl.maximum(top, tl.max(lses, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.exp2(lses - shift[None, :])
-        alpha = tl.exp2(top - shift)
-        acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
-        total = total * alpha + tl.sum(weight, 0)
-        top = higher
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    denominator = total
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + heads, mask=head_ok, other=0.0) * LOG2E
-        denominator += tl.exp2(tl.minimum(sink - shift, 126.0))
-    o = tl.where((total > 0)[:, None], acc / denominator[:, None], 0.0)
-    p_out = out_ptr + q_tok.to(tl.int64) * out_stride_t + heads * out_stride_h
-    tl.store(
-        p_out[:, None] + offs_d[None, :], o.to(out_ptr.dtype.element_ty), mask=head_ok[:, None] & (offs_d < C)[None, :]
-    )
-    if HAS_LSE:  # noqa: SIM102  known to the compiler, `column` is not
-        if column == 0:
-            p_lse = lse_ptr + q_tok.to(tl.int64) * lse_stride_t + heads * lse_stride_h
-            tl.store(p_lse, (shift + tl.log2(total)) * lse_mul, mask=head_ok)
-
-
-@triton.jit
-def combine(
-    lens_ptr, kv_indptr_ptr, last_ptr, qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, num_splits, min_tiles, wave, slots,
-    cp_rank, cp_world, lse_mul,
-    H: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BATCH_POW2: tl.constexpr,
-    PDL: tl.constexpr, CP: tl.constexpr, HAS_LENS: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Sums the partials of BLOCK_H heads of one token and BLOCK_D columns: O = Σ 2^(lse_i - M)·O_i / Σ 2^(lse_i - M).
-
-    BLOCK_S pieces at a time, always in the same order. Reads the partials of the pieces that exist, writes `out` once.
-    """
-    COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
-    GROUPS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    pid = tl.program_id(0)
-    column = pid % COLUMNS
-    group = (pid // COLUMNS) % GROUPS
-    tok = (pid // (COLUMNS * GROUPS)) % max_q_len
-    b = pid // (COLUMNS * GROUPS * max_q_len)
-    length = _lengths(b, True, lens_ptr, kv_indptr_ptr, last_ptr, HAS_LENS, PAGE)
-    tiles = tl.cdiv(_visible(length, cp_rank, cp_world, CP), BLOCK_N)
-    used = tl.cdiv(tiles, _even_pieces(tiles, num_splits, min_tiles))
-    first = b * num_splits
-    if wave > 0:
-        even, every, offs_b = _schedule(batch, wave, slots, lens_ptr, kv_indptr_ptr, last_ptr,
-                                        cp_rank, cp_world, HAS_LENS, PAGE, CP, BLOCK_N, BATCH_POW2)  # fmt: skip
-        if not even:
-            first = tl.sum(tl.where(offs_b < b, every, 0), 0)
-            pieces = tl.sum(tl.where(offs_b == b, every, 0), 0)
-            used = tl.cdiv(tiles, tl.maximum(tl.cdiv(tiles, pieces), 1))
-    q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
-    q_tok = q_first + tok
-    if PDL:  # noqa: SIM102  known to the compiler, `pid` is not
-        if pid == 0:  # so that this grid does not end before stage 1 does: what comes next is ordered after this one
-            gdc_wait()
-    if (used <= 1) or (tok >= q_len):
-        return
-    if PDL:
-        gdc_wait()
-    _sum_pieces(first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-                out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul, H, C, BLOCK_S, BLOCK_H,
-                BLOCK_D, HAS_LSE)  # fmt: skip

@@ -21,7 +21,8 @@ heads as have their K and V in the L2 together, so that these are read from memo
 import triton
 import triton.language as tl
 
-from mla_jit.ops.decode.triton_splitk import _convert, _tokens
+from mla_jit.ops.decode.triton_pieces import _tokens
+from mla_jit.ops.decode.triton_splitk import _convert
 
 
 @triton.jit

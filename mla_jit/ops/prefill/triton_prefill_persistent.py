@@ -18,7 +18,7 @@ last, the partial block that it writes, or -1 for a unit in one piece.
 import triton
 import triton.language as tl
 
-from mla_jit.ops.decode.triton_splitk import _tokens
+from mla_jit.ops.decode.triton_pieces import _tokens
 from mla_jit.ops.prefill.triton_prefill import _block, _ordered, _visible_tiles
 
 
