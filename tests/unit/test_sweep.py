@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mla_jit import models, plan, settings, target
+from mla_jit import models, ops, plan, settings, target
 from mla_jit.compile import farm
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
@@ -273,6 +273,28 @@ def test_what_is_good_at_each_length_and_best_at_none_is_timed_and_serves_calls_
         choice = plan.choose(dataclasses.replace(wanted[-1], hinted=False), CPU)
     plan.forget()
     assert choice.config == steady
+
+
+def test_what_serves_short_and_long_sequences_differently_is_left_to_calls_without_hints() -> None:
+    unhinted = DecodeProblem(num_heads=128, max_kv_len=65536)
+    hinted = dataclasses.replace(unhinted, hinted=True)
+    (variant,) = (v for v in ops.variants("decode") if v.any_length)
+    mixed = {c for c in sweep.candidates(unhinted, HOPPER) if c.variant == variant.name}
+    assert len(mixed) > 10
+    assert {c for c in sweep.candidates(hinted, HOPPER) if c.variant == variant.name} == set()
+    assert set(sweep._for_any_length(hinted, HOPPER)) == mixed
+    assert sweep._for_any_length(dataclasses.replace(hinted, batch=64), HOPPER) == []
+    for length in (1, 2048, 65536):
+        assert {variant.rejects(dataclasses.replace(hinted, max_kv_len=length), HOPPER, c) for c in mixed} == {None}
+
+
+def test_configs_for_any_length_are_timed_at_each(database: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = of_lengths(256, 1024, 2048)
+    every = [c for c in sweep.candidates(wanted[0], CPU) if all(c in sweep.candidates(p, CPU) for p in wanted)]
+    monkeypatch.setattr(sweep, "_for_any_length", lambda longest, target: every[-2:] if longest == wanted[-1] else [])
+    run(wanted, Bench(), database)
+    for problem in wanted:
+        assert {t.config for t in database.trials(problem=problem, effort=sweep.LAST)} >= {*every[-2:]}
 
 
 def test_what_is_best_for_a_like_shape_takes_part(database: store.Store) -> None:
