@@ -29,7 +29,8 @@ from mla_jit.errors import CompileError
 _IMPORT = re.compile(r"{%-?\s*(?:import|from|include)\s+'([^']+)'")
 _HEADER = re.compile(r"\A{#---\n(.*?)---#}\n", re.DOTALL)
 _COMMENT = re.compile(r"(?:(?<=[;:{}])|^)\s*//(?!@).*$")  # of PTX; `//` divides in Jinja2
-_MARK = re.compile(r" //@(\d+):(\d+)$")
+_MARK = re.compile(r" //@([^:]+):(\d+)$")
+_codes: dict[tuple[str, str], Any] = {}  # of templates, by name and text
 # A signature's kind -> the type of a parameter, and the bytes of what a pointer points to.
 _PARAMETERS = {"i32": ".b32", "i64": ".b64", "fp32": ".f32"}
 _BYTES = {"u8": 1, "i8": 1, "fp8e4nv": 1, "bf16": 2, "fp16": 2, "i32": 4, "fp32": 4, "i64": 8}
@@ -110,10 +111,10 @@ def render(source: Source) -> Rendered:
     if set(given) != set(head.constants):
         odd = ", ".join(sorted(set(given) ^ set(head.constants)))
         raise CompileError(f"{source.name}: the variant's constants are not those that {main} takes: {odd}")
-    marked = {file: _marked(number, text) for number, (file, text) in enumerate(files)}
+    marked = {file: _marked(file, text) for file, text in files}
     seen: set[str] = set()
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (marked[name], name, None)), undefined=jinja2.StrictUndefined,
+        loader=_loader(marked), undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True,
     )  # fmt: skip
     unused = set(given)
@@ -165,7 +166,7 @@ def render(source: Source) -> Rendered:
     for line in made.splitlines():
         if (mark := _MARK.search(line)) is not None:
             line = line[: mark.start()]
-            origins.append((files[int(mark[1])][0], int(mark[2])))
+            origins.append((mark[1], int(mark[2])))
         elif line.strip():
             origins.append(None)
         if line.strip():
@@ -173,13 +174,28 @@ def render(source: Source) -> Rendered:
     return Rendered("\n".join(lines) + "\n", tuple(origins), head, barriers)
 
 
-def _marked(number: int, text: str) -> str:
-    """The text with its line numbers in comments, on lines that come out as they stand."""
+def _loader(texts: Mapping[str, str]) -> Any:
+    """A loader of these texts. Each is compiled once a process, whatever kernels it is a part of."""
+    import jinja2
+
+    class Texts(jinja2.BaseLoader):
+        def load(self, environment: Any, name: str, globals: Any = None) -> Any:  # noqa: A002  jinja2's name
+            key = name, texts[name]
+            if key not in _codes:
+                _codes[key] = environment.compile(texts[name], name, name)
+            return environment.template_class.from_code(environment, _codes[key], globals or {})
+
+    return Texts()
+
+
+@functools.cache
+def _marked(name: str, text: str) -> str:
+    """The text with its file and line numbers in comments, on lines that come out as they stand."""
     lines = []
     for line, what in enumerate(text.splitlines(), 1):
         bare = re.sub(r"%}\s+{#", "%}{#", _COMMENT.sub("", what))
         plain = bare.endswith((";", ":", "{", "}")) and not bare.endswith(("%}", "}}", "#}"))
-        lines.append(f"{bare} //@{number}:{line}" if plain else bare)
+        lines.append(f"{bare} //@{name}:{line}" if plain else bare)
     return "\n".join(lines) + "\n"
 
 
