@@ -31,7 +31,6 @@ _TILES = 5  # that the ring holds at most; of copied ones, with one consumer, _C
 _COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
-_THREADS = 256  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
@@ -125,6 +124,10 @@ def _mixed_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str,
 
 
 def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
+    if config["together"] or (config["block_m"], config["block_n"]) != (_BOX, _BOX):
+        return (
+            "long sequences are served in blocks of 64 rows and tiles of 64 tokens, whose pieces are not put together"
+        )
     if p.batch > _MIXED:
         return f"{p.batch} sequences fill the device in blocks of 64 rows, however short; for up to {_MIXED}"
     if p.rows <= config.int("short_m"):
@@ -319,7 +322,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
-        "SHORT": config.get("short", 0), "AT_ONCE": _at_once(p, config),
+        "SHORT": config.get("short", 0), "AT_ONCE": _at_once(p),
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -351,14 +354,13 @@ def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
     return heads, min(columns, max(64, splitk._pow2(p.kv_lora_rank, 64)))
 
 
-def _at_once(p: DecodeProblem, config: Config) -> int:
-    """Pieces that a group of the combine's threads has on their way: all that it may get, of 8 to 32 (of fp32 half)."""
-    least = 32 // (2 * DTYPES[p.out_dtype].bytes)
-    if p.batch_invariant:  # nor how it is grouped
-        return least
-    heads, columns = _combine_tile(p, config)
-    groups = max(1, _THREADS * 8 // columns // heads)
-    return min(4 * least, splitk._pow2(-(-splitk.num_splits(p, config) // groups), least))
+def _at_once(p: DecodeProblem) -> int:
+    """Pieces that a group of the combine's threads has on their way.
+
+    Four times as many are faster for few sequences in many pieces (one H200: 64 heads, 128 pieces, 17.9 -> 15.6 us); but
+    a kernel that depends on the number of splits is not found by what compiles ahead, which tries one, two and three.
+    """
+    return 32 // (2 * DTYPES[p.out_dtype].bytes)
 
 
 def _combine_default(p: DecodeProblem) -> tuple[int, int]:
@@ -484,7 +486,8 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         launches=lambda p, target, config: _launches(template, p, target, config),
         cost=_cost,
         workspace_bytes=_workspace_bytes, numbers=_numbers, offsets=_offsets,
-        resize=splitk.resize, space=space, measured_only=measured_only, any_length=template is MIXED,
+        resize=splitk.resize, space=space,
+        measured_only=measured_only, any_length=template is MIXED,
     )  # fmt: skip
 
 
