@@ -97,12 +97,11 @@ WIDE: dict[str, tuple[str, str, str]] = {
         "MAXIMA[b] }}];\n{% endmacro %}",
     ),
     "half the sums": ("wide.ptx", "add.f32 l{{ r }}, l{{ r }}, f{{ r }};", ""),
-    "gathered: not told before a wait": ("wide.ptx", "        @ready bra FREE;", "        bra FREE;"),
     "gathered: no fence": ("gather.ptx", _FENCED, ""),
     "gathered: another's token": (
         "gather.ptx",
-        "sub.u32 in_page{{ i }}, t0, in_page{{ i }};",
-        "mov.u32 in_page{{ i }}, 0;",
+        "{{ m.remainder('t0', 't0', PAGE) }}",
+        "mov.u32 t0, 0;",
     ),
     "another piece's rows": ("pieces.ptx", "mul.wide.s32 heads, piece, max_q_len;", "mov.b64 heads, 0;"),
     "a piece's LSE in the result's base": ("pieces.ptx", "@whole ld.param.f32 {{ dst }}", "ld.param.f32 {{ dst }}"),
@@ -149,7 +148,7 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "        {{ pieces.visible('t0') }}",
     ),
     "V is not zeroed": ("narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "gathered: told too early": ("narrow.ptx", "gather.arrive(ns.bars, 1)", "gather.arrive(ns.bars, 2)"),
+    "gathered: told too early": ("narrow.ptx", "gather.arrive(ns.bars, FED)", "gather.arrive(ns.bars, 2 * FED)"),
     "a box too far": ("narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
     **TOGETHER,
 }

@@ -59,7 +59,7 @@ RUNS = {
         "--part=1/12",
         "--page=0",
         "--seed=3",
-        "short=128",
+        "short=32",
         "short_m=16",
     ),
     "combine, many pieces at once": ("--splits=40", "--part=2/12", "combine_d=512", "combine_h=4", "min_tiles=1"),
