@@ -31,7 +31,7 @@ class Variant:
     `measured_only`: no model takes it, only a measured row (of the shape or of one near by); so for a kernel that no
     hardware of its targets has run yet. The tuner measures it like any other.
 
-    `any_length`: serves short and long sequences differently, so it is for calls whose lengths the host does not know.
+    `any_length`: serves short and long sequences differently: for calls whose lengths the host does not know.
     The tuner times its configs at each length of a family, and leaves them out where it searches for one length.
 
     `host`, where set, is the callable of a host variant (no source, no artifact): it takes `(problem, config, inputs)`.

@@ -412,12 +412,17 @@ def robust(trials: Iterable[Trial]) -> Config | None:
 
     Of a length the trials of the most effort: one that a search has but looked at everywhere may be bad everywhere.
     """
-    found: list[Trial] = []
-    for _, group in itertools.groupby(trials, key=lambda trial: trial.problem):
-        rows = list(group)
-        most = max(row.effort for row in rows)
-        found += [row for row in rows if row.effort == most]
+    rows = list(trials)
+    most: dict[object, int] = {}
+    for row in rows:
+        case = _case(row)
+        most[case] = max(row.effort, most.get(case, row.effort))
+    found = [row for row in rows if row.effort == most[_case(row)]]
     return next(iter(by_worst_case(found)), None)
+
+
+def _case(trial: Trial) -> tuple[object, _Cell]:
+    return _hard(trial.problem), _Cell.of(trial.problem)
 
 
 def by_worst_case(trials: Iterable[Trial]) -> list[Config]:

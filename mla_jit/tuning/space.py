@@ -38,15 +38,12 @@ def candidates(
 ) -> list[Config]:
     """The legal configs to choose from, each different in its kernels or in how it cuts a sequence.
 
-    Without those for any length (`Variant.any_length`) where the length is known.
-
     First the default (of the variant that its own model says is fastest), then the other variants' defaults, then the
     product of each space in the order of `variants` and of the file. The same list wherever it is made. Empty where no
     variant accepts the problem; a variant without a space has its default alone. InvalidInput for a space that names an
     unknown tunable or rule.
     """
     spaces = load(problem.op) if spaces is None else spaces
-    variants = [variant for variant in variants if not (variant.any_length and getattr(problem, "hinted", False))]
     defaults = [(variant, variant.default(problem, target)) for variant in variants]
     ranked = sorted(
         defaults, key=lambda pair: (pair[0].measured_only, pair[0].cost(problem, target, pair[1]).time_us)
@@ -163,7 +160,8 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
     splits = None if fixed else rows.get(("num_kv_splits",))
     least: dict[tuple[str, ...], Any] = {} if fixed else {n: v for n, v in rows.items() if n == ("min_tiles",)}
     least_tiles = _changes(least, target)
-    combine = _changes({n: v for n, v in rows.items() if n[0] in _COMBINE}, target)
+    combine_rows = {n: v for n, v in rows.items() if n[0] in _COMBINE}
+    combine = _changes(combine_rows, target)
     compiled = {n: v for n, v in rows.items() if n[0] not in (*_CUT, *_COMBINE)}
     kernels = _choices(_changes(compiled, target), default)
     heights = sorted({config.int("block_m") for config in kernels})
@@ -176,7 +174,7 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
         for count in _counts(problem, target, variant, kernel, splits):
             for config in (cut := kernel.replace(num_kv_splits=count), *_choices(least_tiles, cut)):
                 n = pieces(problem, target, variant, config)
-                if n == 1:
+                if n == 1 or not combine_rows:
                     yield config
                     continue
                 for choice in _choices(combine, config):

@@ -36,6 +36,7 @@ EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by e
 LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
+_FEW = 4  # sequences, beyond which blocks of 64 rows fill the device however short they are
 _STEADY = 3  # configs with the best worst cases over a family's lengths that are timed at each
 _AHEAD = 6  # shapes whose kernels are compiled before their turn
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
@@ -144,11 +145,11 @@ class Finished:
 
 def candidates(problem: Tunable, target: Target) -> list[Config]:
     """The legal configs of every variant that accepts the problem, the default of `plan` first; batch_invariant has no
-    other."""
+    other. Those for any length (`Variant.any_length`) are not searched."""
     if getattr(problem, "batch_invariant", False):
         with contextlib.suppress(NoVariant):
             return [plan.analytic(problem, target).config]
-    return space.candidates(problem, target, ops.variants(problem.op))
+    return space.candidates(problem, target, [v for v in ops.variants(problem.op) if not v.any_length])
 
 
 def run(
@@ -433,11 +434,10 @@ class _Sweep:
 
 
 def _for_any_length(longest: Tunable, target: Target) -> list[Config]:
-    """Configs that serve short and long sequences differently, made for the longest of a family."""
-    if not isinstance(longest, DecodeProblem):
+    """Configs that serve short and long sequences differently, made for the longest of a family of few sequences."""
+    if longest.batch > _FEW:
         return []
-    variants = [variant for variant in ops.variants(longest.op) if variant.any_length]
-    return space.candidates(dataclasses.replace(longest, hinted=False), target, variants)
+    return space.candidates(longest, target, [v for v in ops.variants(longest.op) if v.any_length])
 
 
 def _but_lengths(problem: Tunable) -> Tunable:

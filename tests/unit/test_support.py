@@ -15,11 +15,13 @@ import torch
 import mla_jit
 from mla_jit import ahead, models, ops, plan, resources, settings, support, target
 from mla_jit.compat import aiter as compat_aiter
-from mla_jit.compile import cache
+from mla_jit.compile import cache, triton
 from mla_jit.dtypes import DTYPES
 from mla_jit.errors import CacheMiss, InvalidInput
 from mla_jit.problem import DecodeProblem, bucket
 from mla_jit.tuning import sweep
+from mla_jit.tuning.rows import Trial
+from mla_jit.tuning.store import Store
 
 README = Path(__file__).parents[2] / "README.md"
 CELLS = support.matrix()
@@ -185,7 +187,8 @@ def _random_call(rng: random.Random, model: models.Model, there: target.Target, 
     return DecodeProblem(
         num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q,
         kv_dtype=kv, page_size=rng.choice([1, 64]), q_len=rng.choice([1, 2]), paging=paging, has_lens=paging == "table",
-        lse=rng.random() < 0.5, ragged=rng.random() < 0.5, kv_scale=scaled, batch=rng.randint(1, ahead.MAX_BATCH),
+        lse=rng.random() < 0.5, ragged=rng.random() < 0.5, kv_scale=scaled,
+        batch=rng.randint(1, rng.choice([4, ahead.MAX_BATCH])),
         q_split=rng.random() < 0.5, layout=rng.choice(layouts),
         max_kv_len=bucket(rng.randint(1, rng.choice([256, 8192, model.max_kv_len]))),
         total_kv=rng.choice([None, 4096]),
@@ -202,6 +205,36 @@ def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp):
         choice = plan.choose(problem, there)
         for source in choice.variant.sources(problem, there, choice.config):
             assert source.key in ready, f"{source.name} of {problem}"
+
+
+def test_a_row_of_a_kernel_for_any_length_is_compiled_ahead_for_all_sizes(tmp_path):
+    """It refuses few splits and is measured for few sequences; which sizes are asked first must not matter."""
+    there = target.by_name("sm_90")
+    (variant,) = (v for v in ops.variants("decode") if v.any_length)
+    rows, served = [], []
+    for length, batch in itertools.product((1024, 65536), (1, 4)):
+        problem = DecodeProblem(num_heads=64, batch=batch, max_kv_len=length, hinted=True)
+        config = variant.default(problem, there).replace(short_m=16)
+        rows.append(
+            Trial(
+                problem=problem, config=config, target=there.name, device=there.device, revision=variant.revision,
+                median_us=1.0, toolchain=triton.version(), effort=2,
+            )
+        )  # fmt: skip
+    with Store(tmp_path / "tuning.db") as opened:
+        opened.add(rows)
+    with settings.scope(tuning_db=tmp_path / "tuning.db", shipped_db=False):
+        mla_jit.reload()
+        for hinted in (False, True):
+            kind = DecodeProblem(num_heads=64, hinted=hinted, max_kv_len=65536)
+            ready = {job.source.key for job in ahead.jobs_of(ahead.of_any_size([kind], there, max_batch=8), there).jobs}
+            for batch, length in itertools.product((1, 2, 4, 5), (100, 1024, 5000, 65536)):
+                call = dataclasses.replace(kind, batch=batch, max_kv_len=length)
+                choice = plan.choose(call, there)
+                served.append(choice.variant)
+                assert {s.key for s in choice.variant.sources(call, there, choice.config)} <= ready, call
+    mla_jit.reload()
+    assert served.count(variant) >= 10
 
 
 def test_a_layout_with_scales_is_for_fp8_beside_16_bits():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import threading
 from collections.abc import Iterator
@@ -275,17 +276,17 @@ def test_what_is_good_at_each_length_and_best_at_none_is_timed_and_serves_calls_
     assert choice.config == steady
 
 
-def test_what_serves_short_and_long_sequences_differently_is_left_to_calls_without_hints() -> None:
-    unhinted = DecodeProblem(num_heads=128, max_kv_len=65536)
-    hinted = dataclasses.replace(unhinted, hinted=True)
+def test_what_serves_short_and_long_sequences_differently_is_not_searched_but_timed_at_each_length() -> None:
+    longest = DecodeProblem(num_heads=128, max_kv_len=65536, hinted=True)
     (variant,) = (v for v in ops.variants("decode") if v.any_length)
-    mixed = {c for c in sweep.candidates(unhinted, HOPPER) if c.variant == variant.name}
+    mixed = sweep._for_any_length(longest, HOPPER)
     assert len(mixed) > 10
-    assert {c for c in sweep.candidates(hinted, HOPPER) if c.variant == variant.name} == set()
-    assert set(sweep._for_any_length(hinted, HOPPER)) == mixed
-    assert sweep._for_any_length(dataclasses.replace(hinted, batch=64), HOPPER) == []
-    for length in (1, 2048, 65536):
-        assert {variant.rejects(dataclasses.replace(hinted, max_kv_len=length), HOPPER, c) for c in mixed} == {None}
+    assert {c.variant for c in mixed} == {variant.name}
+    assert variant.name not in {c.variant for c in sweep.candidates(longest, HOPPER)}
+    assert sweep._for_any_length(dataclasses.replace(longest, batch=64), HOPPER) == []
+    for batch, length in itertools.product((1, 64), (1, 2048, 65536)):  # what compiles ahead asks for any size
+        problem = dataclasses.replace(longest, batch=batch, max_kv_len=length)
+        assert {variant.rejects(problem, HOPPER, c) for c in mixed} == {None}
 
 
 def test_configs_for_any_length_are_timed_at_each(database: store.Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from mla_jit import settings
 from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
-from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, splitk
 from mla_jit.ops.variant import Cost, Variant
@@ -34,7 +33,6 @@ _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
-_MIXED = 4  # sequences
 _CLUSTER = (
     2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
 )
@@ -128,14 +126,10 @@ def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
         return (
             "long sequences are served in blocks of 64 rows and tiles of 64 tokens, whose pieces are not put together"
         )
-    if p.batch > _MIXED:
-        return f"{p.batch} sequences fill the device in blocks of 64 rows, however short; for up to {_MIXED}"
     if p.rows <= config.int("short_m"):
         return f"{p.rows} rows are one block of {config['short_m']} for long sequences too: decode_narrow_asm"
     if p.batch_invariant:
         return "batch_invariant: pieces have a fixed length"
-    if not p.hinted and p.max_kv_len <= config.int("short"):
-        return f"no sequence is longer than {config['short']} tokens"
     if _short_splits(p, config) < 1:
         return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
     return None
@@ -322,7 +316,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
-        "SHORT": config.get("short", 0), "AT_ONCE": _at_once(p),
+        "SHORT": config.get("short", 0),
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -352,15 +346,6 @@ def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
     """(heads, columns) of a program of the combine; where the order of the sum must not depend on the batch, fixed."""
     heads, columns = (1, 512) if p.batch_invariant else (config.int("combine_h"), config.int("combine_d"))
     return heads, min(columns, max(64, splitk._pow2(p.kv_lora_rank, 64)))
-
-
-def _at_once(p: DecodeProblem) -> int:
-    """Pieces that a group of the combine's threads has on their way.
-
-    Four times as many are faster for few sequences in many pieces (one H200, 64 heads: 17.9 -> 15.6 us), but
-    a kernel that depends on the number of splits is not found by what compiles ahead, which tries one, two and three.
-    """
-    return 32 // (2 * DTYPES[p.out_dtype].bytes)
 
 
 def _combine_default(p: DecodeProblem) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Split-K MLA decode for Hopper in Gluon: stage 1 for blocks of 64 rows (`decode_splitk_gluon`). Imports triton only.
 
 A program owns 64 packed rows (query token × head) of one sequence and KV head, and one piece of its tokens. Pieces,
-partials and LSE are those of triton_splitk.py, and triton_combine.py follows. In a program three roles run at once:
+partials and LSE are those of triton_splitk.py and triton_pieces.py; triton_combine.py follows. In a program three roles
+run at once:
 
 * a producer warp copies tiles of 64 tokens, in boxes of 64 × 64 with a barrier each, into two buffers of [64, C + R];
 * consumers 0 and 1, a warpgroup each, hold columns [0, C/2) and [C/2, C) of O. Consumer b computes the whole S of tile

@@ -39,7 +39,7 @@ def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
     if DTYPES[p.q_dtype].bits == 8 and not _narrow(p):
         return f"q is {p.q_dtype}, k and v are {p.kv_dtype}: fp8 q needs k and v of the same dtype"
     if _narrow(p) and _widening_programs(p) >= 2**31:
-        return "tokens × heads exceed the largest grid (2^31)"
+        return "tokens × elements exceed the largest grid (2^31) of the kernel that widens K and V; split the batch"
     return gluon.refuses(_wide(p), target, config)
 
 
