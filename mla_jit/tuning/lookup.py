@@ -412,24 +412,15 @@ def robust(trials: Iterable[Trial]) -> Config | None:
 
     Of a length the trials of the most effort: one that a search has but looked at everywhere may be bad everywhere.
     """
-    rows = list(trials)
-    most: dict[object, int] = {}
-    for row in rows:
-        case = _case(row)
-        most[case] = max(row.effort, most.get(case, row.effort))
-    found = [row for row in rows if row.effort == most[_case(row)]]
-    return next(iter(by_worst_case(found)), None)
+    return next(iter(by_worst_case(trials, of_most_effort=True)), None)
 
 
-def _case(trial: Trial) -> tuple[object, _Cell]:
-    return _hard(trial.problem), _Cell.of(trial.problem)
-
-
-def by_worst_case(trials: Iterable[Trial]) -> list[Config]:
+def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> list[Config]:
     """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
     A case is a length with a mean length. Only configs that were timed in the most cases count: of the others the worst
     is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.
+    of_most_effort: in a case only configs that were timed with its most effort count.
     """
     cells: dict[tuple[object, _Cell], dict[Config, tuple[int, float]]] = {}
     for problem, group in itertools.groupby(trials, key=lambda trial: trial.problem):
@@ -440,11 +431,13 @@ def by_worst_case(trials: Iterable[Trial]) -> list[Config]:
                 times[trial.config] = min(time, times.get(trial.config, time))
     ratios: dict[Config, list[float]] = {}
     for times in cells.values():
-        _, best = min(times.values(), default=(0, 0.0))
-        for config, (_, time_us) in times.items():
+        most, best = min(times.values(), default=(0, 0.0))
+        for config, (effort, time_us) in times.items():
+            if of_most_effort and effort != most:
+                continue
             ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
-    most = max(map(len, ratios.values()), default=0)
-    widest = [config for config in ratios if len(ratios[config]) == most > 1]
+    cases = max(map(len, ratios.values()), default=0)
+    widest = [config for config in ratios if len(ratios[config]) == cases > 1]
     return sorted(widest, key=lambda config: (max(ratios[config]), *simplest(config)))
 
 
