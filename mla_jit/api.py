@@ -365,10 +365,21 @@ def keeping_nothing() -> Iterator[None]:
 
 def _allocator(device: torch.device) -> Callable[[Any, Any, torch.dtype], Tensor]:
     """(shape, strides, dtype) -> an uninitialised tensor on the device."""
-    fast = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-    if device.type == "cuda" and torch.cuda.device_count() == 1 and hasattr(fast, "_empty_strided_cuda"):
-        return fast._empty_strided_cuda  # type: ignore[union-attr]  # 1.2 us where torch.empty takes 3.4 (H200 host)
-    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    def anywhere(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+    fast = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+    if device.type != "cuda" or fast is None:
+        return anywhere
+    if torch.cuda.device_count() == 1:
+        return fast  # 1.2 us where torch.empty takes 3.4 (H200 host)
+    current, index = torch._C._cuda_getDevice, device.index
+
+    def here(shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        return fast(shape, strides, dtype) if current() == index else anywhere(shape, strides, dtype)
+
+    return here
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
