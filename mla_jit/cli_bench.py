@@ -177,8 +177,10 @@ def _check(what: str, against: tuple[str, ...], runs: int | None, hinted: bool) 
 
     if unknown := set(against) - set(peers.PEERS):
         raise InvalidInput(f"no peer {', '.join(sorted(unknown))}; there is {', '.join(peers.PEERS)}")
-    if against and what not in (*_WITH_PEERS, "host"):
-        raise InvalidInput(f"--against is for the grids peers, q2, databases and host and for --shape, not for {what}")
+    if against and what not in (*_WITH_PEERS, "ragged", "host"):
+        raise InvalidInput(
+            f"--against is for the grids peers, q2, databases, ragged and host and for --shape, not for {what}"
+        )
     if hinted and what not in _WITH_PEERS:
         raise InvalidInput(f"--capacity-hint is for the grids peers, q2 and databases and for --shape, not for {what}")
     if runs and what in _PROOFS:
@@ -211,7 +213,7 @@ def _rows(
     if what == "capture":
         return grids.capture_rows(api.decode, runs=runs)
     if what == "ragged":
-        return grids.ragged_rows(api.decode, runs=runs)
+        return grids.ragged_rows(api.decode, against, runs=runs)
     if what == "prefill":
         return prefill_grid.rows(runs=runs)
     if what == "databases":

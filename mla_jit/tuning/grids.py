@@ -315,7 +315,7 @@ def database_figures(found: Sequence[DatabaseRow]) -> list[Figure]:
 
 @dataclass(frozen=True)
 class RaggedRow:
-    """A call by one scheduler, or the kernel that makes a list, in µs: median, least and largest of the runs.
+    """A call by one scheduler or a peer, or the kernel that makes a list, in µs: median, least, largest of the runs.
 
     `kind`: "call"; "list", the kernel alone, of a batch; "full" and "padded", a layer's calls without and with empty
     sequences, which read the step's list; "full, list" and "padded, list", the same with a list made in each call.
@@ -340,14 +340,20 @@ PADDED = tuple((heads, 4096, 128, 1024) for heads in (16, 128))  # heads, length
 _LISTS_A_SET = 20  # calls in a row of the kernel that makes a list, in a graph
 
 
-def ragged_rows(decode: Decode, *, runs: int = 3, rounds: int = 5) -> Iterator[RaggedRow]:
-    """Both schedulers on the peers' ragged shapes; the kernel that makes a list; what empty sequences cost."""
+def ragged_rows(decode: Decode, against: Sequence[str] = (), *, runs: int = 3, rounds: int = 5) -> Iterator[RaggedRow]:
+    """Both schedulers and peers on the peers' ragged shapes; the kernel that makes a list; what empty sequences cost.
+
+    A peer's schedule is made before, and not timed; ours is made in each call.
+    """
     for shape in (shape for shape, _ in peers_grid() if shape.label == "ragged"):
         runners = {name: bench.ours(partial(decode, scheduler=way)) for name, way in _WAYS.items()}
+        runners |= {name: peers.by_name(name) for name in against}
         found = _timed(shape, runners, runs, rounds)
-        for name, way in _WAYS.items():
+        for name, times in found.times.items():
+            way, mine = _WAYS.get(name, name), name in _WAYS
             aim = RAGGED_AIMS_US.get(shape.heads) if way == "persistent" else None
-            yield _ragged_row("call", str(shape), way, shape.heads, found.times[name], aim, found.error)
+            if times:
+                yield _ragged_row("call", str(shape), way, shape.heads, times, aim, found.error if mine else None)
     for batch in LISTED:
         times = [_list_us(bench.Shape(16, ragged_lens(batch, seed=seed)), rounds, seed) for seed in range(runs)]
         yield _ragged_row("list", f"the list of {batch} sequences", "persistent", 16, times, LIST_AIM_US)

@@ -646,6 +646,15 @@ def test_uneven_lengths_by_both_schedulers(timer, monkeypatch):
     assert data["missed"] == []
     assert timer.planned == 8  # two shapes, full and padded, in two runs
     assert {asked[3] for asked in timer.asked} == {"persistent", "split"}
+    monkeypatch.setitem(peers.PEERS, "flash_mla", lambda: bench.Runner(lambda sets: lambda s: s.q))
+    timer.us = lambda name, shape, seed: 160.0 if name == "flash_mla" else 200.0
+    data = run_json("--grid", "ragged", "--runs", "1", "--against", "flash_mla,sdpa")
+    assert "sdpa" not in {row["scheduler"] for row in data["rows"]}  # it serves no uneven lengths
+    beside = [row for row in data["rows"] if row["scheduler"] == "flash_mla"]
+    assert [(row["kind"], row["heads"], row["ours_us"], row["aim_us"]) for row in beside] == [
+        ("call", heads, 160.0, None) for heads in (16, 64, 128)
+    ]
+    assert (data["persistent_128_us"], data["gain"], data["missed"]) == (200.0, pytest.approx(1.0), [])
     timer.us = lambda name, shape, seed: 220.0 + 5.0 * (0 in shape.lens)
     text = run("--grid", "ragged", "--runs", "1", code=1)
     assert text == ""
