@@ -133,8 +133,8 @@ def _combine(p: DecodeProblem, target: Target, config: Config, cut: int) -> floa
     heads, columns = min(heads, bucket(p.num_heads)), min(columns, bucket(p.kv_lora_rank))
     tokens = p.q_len * max(1, p.batch)
     programs = -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * tokens
-    if "combine_s" not in config:  # combine.ptx: 256 threads with 8 pieces of 8 columns each at a time
-        rounds = -(-cut * heads * columns // (8 * 256 * 8))
+    if "combine_s" not in config:  # combine.ptx: 256 threads with so many pieces of 8 columns each at a time
+        rounds = -(-cut * heads * columns // (8 * 256 * config.int("combine_ahead")))
         return _COMBINE + _PTX_ROUND * (rounds - 1) + _PTX_PROGRAM * programs / target.sms
     held = config.int("combine_s")
     rounds = -(-cut // held)

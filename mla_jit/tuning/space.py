@@ -20,7 +20,7 @@ from mla_jit.target import Target
 
 Space = Mapping[str, Any]  # a variant's rows of the YAML file
 _CUT = ("num_kv_splits", "min_tiles")  # numbers of the launch; no other kernel, but for two splits and `together`
-_COMBINE = ("combine_s", "combine_h", "combine_d")  # of the second kernel
+_COMBINE = ("combine_s", "combine_h", "combine_d", "combine_ahead")  # of the second kernel
 _COMBINED = (*_COMBINE, "together")
 _NOT_COMPILED = (*_CUT, "overhead", "waves", "per_sm", *_COMBINE, "together")  # into the first kernel
 _LEAST_COMBINE = 8  # pieces that a program of the combine may hold however few there are
@@ -178,9 +178,22 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
                     yield config
                     continue
                 for choice in _choices(combine, config):
-                    held = choice.int("combine_s") if "combine_s" in choice else None  # combine.ptx takes any number
-                    if held is None or (held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n):
+                    if _combines(problem, target, choice, n):
                         yield choice
+
+
+def _combines(problem: Any, target: Target, config: Config, n: int) -> bool:
+    """Whether a combine is neither much too great for n pieces nor much too small."""
+    if "combine_s" in config:
+        held = config.int("combine_s")
+        return held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n
+    ahead = config.int("combine_ahead")  # combine.ptx, of 256 threads with 8 columns each, takes any number
+    if ahead == _LEAST_COMBINE:
+        return True
+    heads, columns = config.int("combine_h"), config.int("combine_d")
+    rows = problem.batch * problem.q_len * problem.num_heads
+    programs = -(-rows // heads) * -(-problem.kv_lora_rank // columns)
+    return n * heads * columns > 2048 * ahead // 2 and programs <= target.sms  # one an SM: it takes most registers
 
 
 def _changes(rows: Mapping[tuple[str, ...], Any], target: Target) -> list[dict[str, Value]]:

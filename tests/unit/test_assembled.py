@@ -62,6 +62,14 @@ RUNS = {
         "short=32",
         "short_m=16",
     ),
+    "combine, many pieces at once": (
+        "--splits=40",
+        "--part=2/12",
+        "combine_d=512",
+        "combine_h=4",
+        "combine_ahead=32",
+        "min_tiles=1",
+    ),
     "narrow, real dims": ("--variant=decode_narrow_asm", "--cases=large", "--part=0/4"),
 }
 

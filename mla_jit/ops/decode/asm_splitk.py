@@ -17,6 +17,7 @@ from mla_jit import settings
 from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Limits, Scalar, Source
 from mla_jit.config import Config
+from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, splitk
 from mla_jit.ops.variant import Cost, Variant
@@ -31,6 +32,7 @@ _COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
+_AHEAD = (8, 16, 32)  # pieces that its threads have on their way, of 16-bit results; of fp32 ones half as many
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
 _CLUSTER = (
@@ -177,6 +179,8 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
         return f"combine_h {config['combine_h']}, combine_d {config['combine_d']}: one of {_HEADS}, one of {_COLUMNS}"
     if config.int("combine_h") * config.int("combine_d") > _COMBINED:
         return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
+    if config["combine_ahead"] not in _AHEAD:
+        return f"combine_ahead {config['combine_ahead']}: one of {_AHEAD}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     if config.get("walk"):
@@ -218,7 +222,7 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     """
     heads, columns = _combine_default(p)
     like = {name: value for name, value in gluon.default(p, target).items() if name != "combine_s"}
-    like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns}
+    like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns, "combine_ahead": _AHEAD[0]}
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
     if template is WIDE:
@@ -241,9 +245,8 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    items = {
-        name: value for name, value in config.items() if name not in ("policy", "together", "walk", "short", "short_m")
-    }
+    own = ("policy", "together", "walk", "short", "short_m", "combine_ahead")
+    items = {name: value for name, value in config.items() if name not in own}
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
 
@@ -317,6 +320,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
         "SHORT": config.get("short", 0),
+        "AT_ONCE": (_AHEAD[0] if p.batch_invariant else config.int("combine_ahead")) * 2 // DTYPES[p.out_dtype].bytes,
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -457,7 +461,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     space: dict[str, tuple[int | str | bool, ...]] = {
         "block_m": template.space, "block_n": template.tiles, "num_warps": (8,), "lazy": (False, True),
         "min_tiles": (1, 2, 4), "pdl": (False, True), "policy": ("evict_first", "evict_normal"),
-        "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS,
+        "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS, "combine_ahead": _AHEAD,
     }  # fmt: skip
     if template is WIDE:
         space["walk"] = (False, True)
