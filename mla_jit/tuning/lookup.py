@@ -31,6 +31,7 @@ Legal = Callable[[Config], str | None]  # the reason why a config cannot be used
 _LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; readers wait on no writer under WAL
 _MIX = "mix"  # a soft field: a call does not know its own, it asks for the default
 _NEAR = 8  # rows from which an answer for other sizes is made
+_ALIKE = 1.02  # of worst cases: about what noise and another card of the kind change
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
 _MEANS = ("mean length", "mean q_len")  # of a cell's lengths
@@ -418,6 +419,9 @@ def robust(trials: Iterable[Trial]) -> Config | None:
 def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> list[Config]:
     """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
+    First those whose worst is within _ALIKE of the best worst, by their mean ratio: 1.22 and 1.23 are alike, and one of
+    them may be 14 % slower in a case of its own.
+
     A case is a length with a mean length. Only configs that were timed in the most cases count: of the others the worst
     is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.
     of_most_effort: in a case only configs that were timed with its most effort count.
@@ -438,7 +442,14 @@ def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> l
             ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
     cases = max(map(len, ratios.values()), default=0)
     widest = [config for config in ratios if len(ratios[config]) == cases > 1]
-    return sorted(widest, key=lambda config: (max(ratios[config]), *simplest(config)))
+    limit = _ALIKE * min((max(ratios[config]) for config in widest), default=0.0)
+
+    def order(config: Config) -> tuple[Any, ...]:
+        worst = max(ratios[config])
+        first = math.prod(ratios[config]) if worst <= limit else math.inf
+        return first, worst, *simplest(config)
+
+    return sorted(widest, key=order)
 
 
 def forget() -> None:

@@ -23,7 +23,12 @@ DEVICE = "cuda"
 VARIANTS = {v.name: v for v in ops.variants("decode") if v.backend == "asm"}
 WALK = "walk"  # decode_splitk_asm with programs that walk a batch of uneven lengths
 VARIANTS[WALK] = VARIANTS["decode_splitk_asm"]
-CHANGES: dict[str, dict[str, Any]] = {WALK: {"walk": True, "together": False, "block_n": 64}}
+AHEAD = "decode_splitk_asm, combine_ahead"  # for many pieces
+VARIANTS[AHEAD] = VARIANTS["decode_splitk_asm"]
+CHANGES: dict[str, dict[str, Any]] = {
+    WALK: {"walk": True, "together": False, "block_n": 64},
+    AHEAD: {"combine_ahead": 32, "combine_h": 4, "combine_d": 512, "walk": False, "together": False, "min_tiles": 1},
+}
 BF16 = cases.PLAIN
 MIXED = "decode_mixed_asm"
 MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R": 32})
@@ -57,6 +62,8 @@ def accepted(name: str) -> list[cases.Case]:
         problem = DecodeProblem(num_heads=max(1, rows), kv_lora_rank=case.C, rope_dim=case.R, batch=len(case.lens))
         if name == WALK and (len(case.lens) == 1 or case.num_kv_splits or case.batch_invariant):
             continue  # nothing to walk
+        if name == AHEAD and max(case.lens, default=0) < 1000:
+            continue  # few pieces
         if plain and variant.rejects(problem, hopper, config) is None:
             found.append(case)
     return found

@@ -762,6 +762,20 @@ def test_robust():
     assert lookup.robust([*rows, *faulty]) == config(2)
 
 
+def test_of_worst_cases_that_are_alike_the_mean_decides():
+    """1.20 and 1.21 are alike; 1.25 is not."""
+    table = {
+        1: {1024: 12.0, 4096: 24.0, 16384: 36.0},
+        2: {1024: 12.1, 4096: 20.0, 16384: 30.0},
+        3: {1024: 12.5, 4096: 20.0, 16384: 30.0},
+        4: {1024: 10.0, 4096: 40.0, 16384: 60.0},
+        5: {1024: 40.0, 4096: 20.0, 16384: 60.0},
+        6: {1024: 40.0, 4096: 40.0, 16384: 30.0},
+    }
+    ranked = lookup.by_worst_case(sorted(over_lengths(table), key=lambda t: str(t.problem)))
+    assert ranked[:3] == [config(2), config(1), config(3)]
+
+
 def test_a_config_that_a_search_has_but_looked_at_everywhere_is_not_robust():
     """It may be the only one that each search has measured, shortly, and bad everywhere."""
     lengths = dict.fromkeys((1024, 4096, 16384), 1.0)
