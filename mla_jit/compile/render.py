@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ _HEADER = re.compile(r"\A{#---\n(.*?)---#}\n", re.DOTALL)
 _COMMENT = re.compile(r"(?:(?<=[;:{}])|^)\s*//(?!@).*$")  # of PTX; `//` divides in Jinja2
 _MARK = re.compile(r" //@([^:]+):(\d+)$")
 _codes: dict[tuple[str, str], Any] = {}  # of templates, by name and text
+_turn = threading.Lock()
 # A signature's kind -> the type of a parameter, and the bytes of what a pointer points to.
 _PARAMETERS = {"i32": ".b32", "i64": ".b64", "fp32": ".f32"}
 _BYTES = {"u8": 1, "i8": 1, "fp8e4nv": 1, "bf16": 2, "fp16": 2, "i32": 4, "fp32": 4, "i64": 8}
@@ -101,7 +103,15 @@ def _header(name: str, text: str) -> Header:
 
 
 def render(source: Source) -> Rendered:
-    """The text of a source's template. CompileError names what was not filled in or not used, and where."""
+    """The text of a source's template. CompileError names what was not filled in or not used, and where.
+
+    One thread at a time: two would only make the first one's assembler wait.
+    """
+    with _turn:
+        return _render(source)
+
+
+def _render(source: Source) -> Rendered:
     import jinja2
 
     files = json.loads(source.content)
@@ -115,7 +125,7 @@ def render(source: Source) -> Rendered:
     seen: set[str] = set()
     environment = jinja2.Environment(
         loader=_loader(marked), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True,
+        trim_blocks=True, lstrip_blocks=True, autoescape=False, keep_trailing_newline=True, optimized=False,
     )  # fmt: skip
     unused = set(given)
 
