@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,10 +66,19 @@ class Config(Mapping[str, Value]):
         return name in self._values  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[str]:
-        return (key for key, _ in self.items_)
+        return iter(self._values)  # type: ignore[attr-defined]
 
     def __len__(self) -> builtins.int:
         return len(self.items_)
+
+    def keys(self) -> KeysView[str]:
+        return self._values.keys()  # type: ignore[attr-defined]
+
+    def items(self) -> ItemsView[str, Value]:
+        return self._values.items()  # type: ignore[attr-defined]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._values.get(name, default)  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         return f"{self.variant}({', '.join(f'{k}={v}' for k, v in self.items_)})"

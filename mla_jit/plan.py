@@ -168,11 +168,11 @@ def choices(problem: Problem, target: Target) -> list[Choice]:
 def _cuts(config: Config) -> list[Config]:
     """The config with one, two and more splits, as a neighbour's may be any: they differ in the kernels needed.
 
-    And with its own number, as a variant may refuse few.
+    More: its own number, as a variant may refuse few.
     """
     if "num_kv_splits" not in config:
         return [config]
-    return [config.replace(num_kv_splits=n) for n in sorted({1, 2, 3, config.int("num_kv_splits")})]
+    return [config.replace(num_kv_splits=n) for n in (1, 2, max(3, config.int("num_kv_splits")))]
 
 
 def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callable[[Config], str | None]]:
