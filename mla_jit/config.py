@@ -42,14 +42,17 @@ class Config(Mapping[str, Value]):
 
     def replace(self, **values: Value) -> Config:
         """The same config with some values changed; a name that it does not have is an error."""
-        if unknown := values.keys() - self._values:  # type: ignore[attr-defined]
+        merged = self._values | values  # type: ignore[attr-defined]
+        if len(merged) > len(self.items_):
+            unknown = values.keys() - set(self)
             raise KeyError(f"{self.variant} has no tunable {', '.join(sorted(unknown))}; it has {', '.join(self)}")
-        return Config(self.variant, tuple([(name, values.get(name, old)) for name, old in self.items_]))
+        return Config(self.variant, tuple(merged.items()))
 
     def int(self, name: str) -> int:
-        value = self[name]
-        assert isinstance(value, int), f"{self.variant}.{name} is {value!r}, not an integer"
-        return value
+        value = self._values.get(name)  # type: ignore[attr-defined]
+        if isinstance(value, int):
+            return value
+        raise AssertionError(f"{self.variant}.{name} is {self[name]!r}, not an integer")
 
     def text(self, name: str) -> str:
         value = self[name]

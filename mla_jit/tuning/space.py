@@ -177,20 +177,20 @@ def _product(problem: Any, target: Target, variant: Variant, default: Config, sp
                 if n == 1 or not combine_rows:
                     yield config
                     continue
-                for choice in _choices(combine, config):
-                    if _combines(problem, target, choice, n):
-                        yield choice
+                for change in combine:
+                    if _combines(problem, target, config, change, n):
+                        yield config.replace(**change)
 
 
-def _combines(problem: Any, target: Target, config: Config, n: int) -> bool:
-    """Whether a combine is neither much too great for n pieces nor much too small."""
+def _combines(problem: Any, target: Target, config: Config, change: Mapping[str, Any], n: int) -> bool:
+    """Whether the config's combine, so changed, is neither much too great for n pieces nor much too small."""
     if "combine_s" in config:
-        held = config.int("combine_s")
+        held: int = change.get("combine_s") or config.int("combine_s")
         return held <= max(_LEAST_COMBINE, 2 * bucket(n)) and held * _MOST_ROUNDS >= n
-    ahead = config.int("combine_ahead")  # combine.ptx, of 256 threads with 8 columns each, takes any number
-    if ahead == _LEAST_COMBINE:
+    ahead: int = change.get("combine_ahead") or config.int("combine_ahead")
+    if ahead == _LEAST_COMBINE:  # combine.ptx, of 256 threads with 8 columns each, takes any number
         return True
-    heads, columns = config.int("combine_h"), config.int("combine_d")
+    heads, columns = (change.get(name) or config.int(name) for name in ("combine_h", "combine_d"))
     rows = problem.batch * problem.q_len * problem.num_heads
     programs = -(-rows // heads) * -(-problem.kv_lora_rank // columns)
     return n * heads * columns > 2048 * ahead // 2 and programs <= target.sms  # one an SM: it takes most registers
