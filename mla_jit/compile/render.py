@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -36,6 +37,14 @@ _turn = threading.Lock()
 # A signature's kind -> the type of a parameter, and the bytes of what a pointer points to.
 _PARAMETERS = {"i32": ".b32", "i64": ".b64", "fp32": ".f32"}
 _BYTES = {"u8": 1, "i8": 1, "fp8e4nv": 1, "bf16": 2, "fp16": 2, "i32": 4, "fp32": 4, "i64": 8}
+
+
+def _renew() -> None:
+    global _turn
+    _turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)  # a thread that the child does not have may be rendering
 
 
 @dataclass(frozen=True)

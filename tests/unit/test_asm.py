@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,16 @@ def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:
     source = edited(source_of(), "narrow.ptx", "{{ m.wgmma_commit() }}", "{{ m.wgmma_commit() }} {{ NO_SUCH }}")
     with pytest.raises(CompileError, match=r"narrow\.ptx, line \d+: 'NO_SUCH' is undefined"):
         render.render(source)
+
+
+def test_a_child_that_is_forked_while_a_template_is_rendered_renders() -> None:
+    source = source_of()
+    with render._turn:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            os._exit(0 if render.render(source).text else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_broken_template_is_said_with_its_line() -> None:
