@@ -180,7 +180,7 @@ def test_dtype_names():
 
 
 def _random_call(
-    rng: random.Random, model: models.Model, there: target.Target, tp: int, page_size: int
+    rng: random.Random, model: models.Model, there: target.Target, tp: int, page_sizes: tuple[int, ...]
 ) -> DecodeProblem:
     """A call that serving the model may make: any batch, any lengths, any of the ways to pass it."""
     q, kv = models.dtypes_on(rng.choice(model.dtypes), there)
@@ -188,8 +188,8 @@ def _random_call(
     layouts = ["joint", "split"] + (["three"] if DTYPES[kv].bits == 8 < DTYPES[q].bits and not scaled else [])
     return DecodeProblem(
         num_heads=model.local_heads(tp), kv_lora_rank=model.kv_lora_rank, rope_dim=model.rope_dim, q_dtype=q,
-        kv_dtype=kv, page_size=page_size, q_len=rng.choice([1, 2]), paging=paging, has_lens=paging == "table",
-        lse=rng.random() < 0.5, ragged=rng.random() < 0.5, kv_scale=scaled,
+        kv_dtype=kv, page_size=rng.choice(page_sizes), q_len=rng.choice([1, 2]), paging=paging,
+        has_lens=paging == "table", lse=rng.random() < 0.5, ragged=rng.random() < 0.5, kv_scale=scaled,
         batch=rng.randint(1, rng.choice([4, ahead.MAX_BATCH])),
         q_split=rng.random() < 0.5, layout=rng.choice(layouts),
         max_kv_len=bucket(rng.randint(1, rng.choice([256, 8192, model.max_kv_len]))),
@@ -198,12 +198,14 @@ def _random_call(
 
 
 @pytest.mark.parametrize(("name", "tp", "page_size"), [("sm_90", 1, 64), ("sm_90", 8, 1), ("gfx942", 8, 64)])
-def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp, page_size):
+def test_what_is_compiled_ahead_is_all_that_calls_need(name, tp, page_size, request):
+    """With `--full` for pages of both sizes in each case."""
+    pages = (1, 64) if request.config.getoption("--full") else (page_size,)
     there, model, rng = target.by_name(name), models.by_name("deepseek-v3"), random.Random(0)
-    kinds = models.decode_problems(model, there, tp=tp, page_sizes=(page_size,), layouts=("joint", "three"))
+    kinds = models.decode_problems(model, there, tp=tp, page_sizes=pages, layouts=("joint", "three"))
     ready = {job.source.key for job in ahead.jobs_of(ahead.of_any_size(kinds, there), there).jobs}
     for _ in range(160):
-        problem = _random_call(rng, model, there, tp, page_size)
+        problem = _random_call(rng, model, there, tp, pages)
         choice = plan.choose(problem, there)
         for source in choice.variant.sources(problem, there, choice.config):
             assert source.key in ready, f"{source.name} of {problem}"
