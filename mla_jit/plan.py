@@ -186,7 +186,7 @@ def _rows(problem: Problem, target: Target) -> tuple[dict[str, Variant], Callabl
         if variant is None:
             return f"there is no variant {config.variant}"
         if set(config) != set(variant.default(problem, target)):
-            return f"{variant.name} has other tunables by now"
+            return f"{variant.name} has other tunables by now; tune again with `mla-tune run`"
         if only is not None and config != only:
             return f"batch_invariant: one config serves every batch, {only}"
         return variant.rejects(problem, target, config)
