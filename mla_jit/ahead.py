@@ -7,6 +7,7 @@ that aborts or hangs costs one kernel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
@@ -115,33 +116,67 @@ def prompts_of_any_size(
 
 
 def _sizes(problem: DecodeProblem, target: Target, max_batch: int) -> list[tuple[int, int]]:
-    """(batch, length) pairs: between two batches with different kernels the threshold is found by bisection."""
+    """(batch, length) pairs that together need every kernel that any needs up to these.
+
+    Of the default, which is another choice at other sizes, all powers of two are looked at as lengths; of a tuned
+    config the first and the last, and those between where these two need different kernels.
+    """
+    lengths = [1 << i for i in range(problem.max_kv_len.bit_length())]
+    ends = lengths[:1] + lengths[-1:]
+
+    def sized(batch: int, length: int) -> DecodeProblem:
+        return dataclasses.replace(problem, batch=batch, max_kv_len=length)
+
+    def default(batch: int, length: int) -> tuple[Source, ...]:
+        asked = sized(batch, length)
+        choice = plan.analytic(asked, target)
+        return choice.variant.sources(asked, target, choice.config)
+
+    def tuned(choice: plan.Choice, batch: int, length: int) -> tuple[Source, ...]:
+        asked = sized(batch, length)
+        return choice.variant.sources(asked, target, choice.config) if plan.serves(choice, asked, target) else ()
+
+    try:
+        found = [_by_size(default, lengths, max_batch)]
+    except NoVariant:
+        return [(1, problem.max_kv_len)]  # it will say why
+    for choice in plan.tuned(problem, target):
+        needs = functools.cache(functools.partial(tuned, choice))
+        needed = _by_size(needs, ends, max_batch)
+        if any(needs(batch, ends[0]) != needs(batch, ends[-1]) for batch, _ in needed):
+            needed = _by_size(needs, lengths, max_batch)
+        found.append(needed)
+    new: set[Source] = set()
+    sizes = []
+    for size in sorted({size for needed in found for size in needed}):
+        sources = {source for needed in found for source in needed.get(size, ())}
+        if not new.issuperset(sources):
+            new.update(sources)
+            sizes.append(size)
+    return sizes
+
+
+def _by_size(
+    needs: Callable[[int, int], tuple[Source, ...]], lengths: Sequence[int], max_batch: int
+) -> dict[tuple[int, int], tuple[Source, ...]]:
+    """What is needed by (batch, length): between two batches that need different kernels the threshold is bisected."""
     found: dict[tuple[int, int], tuple[Source, ...]] = {}
 
     def at(batch: int, length: int) -> tuple[Source, ...]:
         if (batch, length) not in found:
-            found[batch, length] = _sources(dataclasses.replace(problem, batch=batch, max_kv_len=length), target)
+            found[batch, length] = needs(batch, length)
         return found[batch, length]
 
     batches = sorted(
         {min(n, max_batch) for i in range(max_batch.bit_length() + 1) for n in (1 << i, (1 << i) + 1, 3 << i)}
     )
-    try:
-        for length in [1 << i for i in range(problem.max_kv_len.bit_length())]:
-            todo = list(itertools.pairwise(batches)) or [(1, 1)]
-            while todo:
-                low, high = todo.pop()
-                if at(low, length) != at(high, length) and high - low > 1:
-                    todo += [(low, (low + high) // 2), ((low + high) // 2, high)]
-    except NoVariant:
-        return [(1, problem.max_kv_len)]  # it will say why
-    new: set[Source] = set()
-    sizes = []
-    for size, sources in sorted(found.items()):
-        if not new.issuperset(sources):
-            new.update(sources)
-            sizes.append(size)
-    return sizes
+    for length in lengths:
+        todo = list(itertools.pairwise(batches)) or [(1, 1)]
+        while todo:
+            low, high = todo.pop()
+            if at(low, length) != at(high, length) and high - low > 1:
+                todo += [(low, (low + high) // 2), ((low + high) // 2, high)]
+    return found
 
 
 def build_all(

@@ -154,15 +154,22 @@ def _fitted(
 
 def choices(problem: Problem, target: Target) -> list[Choice]:
     """All that `choose` may give for this kind of problem in any batch and length: the default, and tuned configs."""
-    if not problem.TUNED:
-        return [analytic(problem, target)]
-    rows, legal = _rows(problem, target)
-    tuned = lookup.configs(problem, target, legal, _revisions(rows), _toolchain())
-    found = [
-        Choice(rows[config.variant], cut, "tuned", {})
-        for config in tuned for cut in _cuts(config) if legal(cut) is None
-    ]  # fmt: skip
+    found = [choice for choice in tuned(problem, target) if serves(choice, problem, target)]
     return [analytic(problem, target), *found]
+
+
+def tuned(problem: Problem, target: Target) -> list[Choice]:
+    """The configs of the tuning database that may serve this kind of problem in some batch and length."""
+    if not problem.TUNED:
+        return []
+    rows, legal = _rows(problem, target)
+    found = lookup.configs(problem, target, legal, _revisions(rows), _toolchain())
+    return [Choice(rows[config.variant], cut, "tuned", {}) for config in found for cut in _cuts(config)]
+
+
+def serves(choice: Choice, problem: Problem, target: Target) -> bool:
+    """Whether a tuned config is legal for the problem in just these sizes."""
+    return _rows(problem, target)[1](choice.config) is None
 
 
 def _cuts(config: Config) -> list[Config]:

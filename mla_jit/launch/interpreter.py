@@ -7,9 +7,12 @@ Triton's interpreter multiplies bfloat16 bit patterns (3.7.1): `constants` repla
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from mla_jit import settings
@@ -17,6 +20,7 @@ from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.errors import LaunchError
 from mla_jit.launch.base import Arg, Binding, Launch
 
+_LANGUAGE = {"triton.language", "triton.language.core"}
 _KINDS = {"i32": ("i32",), "i64": ("i64",), "fp32": ("f32",)}  # a signature's scalar type -> kinds of arguments
 
 
@@ -46,7 +50,8 @@ class InterpreterBound:
             arguments = {k: _constant(v) for k, v in constants.items()}
             for (parameter, kind), arg in zip(source.signature, launch.args, strict=True):
                 arguments[parameter] = self._argument(parameter, kind, arg, addresses, values)
-            getattr(importlib.import_module(module), name)[launch.grid](**arguments)
+            with _patched_once():
+                getattr(importlib.import_module(module), name)[launch.grid](**arguments)
 
     def _argument(
         self, parameter: str, kind: str, arg: Arg, addresses: Mapping[Any, int], values: Mapping[str, Any]
@@ -78,6 +83,39 @@ class InterpreterBound:
         view = self.binding.views[arg.name]
         strides, box = [view.row_elements, tl.constexpr(1)], [tl.constexpr(n) for n in arg.block]
         return interpreter_semantic.make_tensor_descriptor(tensor, [view.rows, view.columns], strides, box)
+
+
+@contextlib.contextmanager
+def _patched_once() -> Iterator[None]:
+    """One launch, for which Triton's interpreter replaces the functions of each language module once, and looks up each
+    element type once.
+
+    It looks through the modules that a function sees whenever one calls another (3.6 and 3.7.1), which takes longer
+    than what they do on small blocks, and after the first time finds nothing more to replace.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
+    known = functools.cache(numpy_type)
+    patched: set[str] = set()  # triton.language, as kernels see it, and its core, as its own functions do
+
+    def once(fn: Any) -> Any:
+        modules = {v.__name__ for v in fn.__globals__.values() if isinstance(v, ModuleType)} & _LANGUAGE
+        if modules and modules <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(modules)
+        return patch(fn)
+
+    def element(dtype: Any) -> Any:
+        inner = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return numpy_type(dtype) if isinstance(inner, tl.pointer_type) else known(inner)
+
+    interpreter._patch_lang, interpreter._get_np_dtype = once, element
+    try:
+        yield
+    finally:
+        interpreter._patch_lang, interpreter._get_np_dtype = patch, numpy_type
 
 
 def _constant(value: Any) -> Any:
