@@ -6,17 +6,15 @@ A process each, since the combine after them runs in Triton's interpreter (assem
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import asm_mistakes
 import cases
 import pytest
+from helpers import interpreted
 
-TESTS = Path(__file__).resolve().parent.parent
 TOGETHER = ("together=true", "num_kv_splits=2", "min_tiles=1")
 WALK = ("walk=true", "together=false")
 RUNS = {
@@ -75,9 +73,7 @@ RUNS = {
 
 
 def lines_of(*arguments: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-W", "ignore", str(TESTS / "assembled_main.py"), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=3600)
+    done = interpreted("assembled_main", *arguments, timeout=3600)
     sys.stdout.write(done.stdout)
     return [json.loads(line) for line in done.stdout.splitlines()], done
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import cases
 import pytest
+from helpers import interpreted
 
 from mla_jit.errors import LaunchError
 from mla_jit.launch import interpreter
@@ -82,7 +83,7 @@ def _expected(arguments: tuple[str, ...]) -> int:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_case_is_right(run: str) -> None:
-    done = python(str(TESTS / "interpreted_main.py"), *RUNS[run])
+    done = interpreted("interpreted_main", *RUNS[run])
     lines: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()][1:]
     for line in lines:
         sys.stdout.write(json.dumps(line) + "\n")

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import prefill_cases as cases
 import pytest
 import torch
+from helpers import interpreted
 
 import mla_jit
 from mla_jit import errors, launch, ops, settings, target
@@ -24,16 +22,13 @@ from mla_jit.ops.prefill import gluon, persistent, tiles
 from mla_jit.ops.prefill.inputs import prefill_inputs
 from mla_jit.problem import MergeProblem, PrefillProblem, ReduceProblem
 
-TESTS = Path(__file__).resolve().parent.parent
 GPU_TARGETS = [name for name, row in target.targets().items() if row.triton]
 HOPPER = target.by_name("sm_90")
 
 
-def interpreted(script: str, *arguments: str) -> list[dict[str, Any]]:
-    """The lines that a script prints in a process of its own: Triton is to be imported as an interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, "-W", "ignore", str(TESTS / script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+def lines_of(program: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines that a program prints with Triton imported as an interpreter."""
+    done = interpreted(program, *arguments)
     sys.stdout.write(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -58,7 +53,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_every_case_is_right(run: str) -> None:
-    lines = interpreted("interpreted_prefill.py", *RUNS[run])
+    lines = lines_of("interpreted_prefill", *RUNS[run])
     part = next((a.removeprefix("--part=") for a in RUNS[run] if a.startswith("--part=")), "0/1")
     first, step = map(int, part.split("/"))
     assert len(lines) == len(cases.SMALL[first::step])
@@ -69,7 +64,7 @@ def test_every_case_is_right(run: str) -> None:
 
 
 def test_merge_is_right() -> None:
-    lines = interpreted("interpreted_merge.py")
+    lines = lines_of("interpreted_merge")
     assert len(lines) == 9
     assert all(line["error"] <= line["limit"] for line in lines)
 
