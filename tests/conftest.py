@@ -32,6 +32,26 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
+# Files of few tests that take long and share nothing: with `--dist loadgroup` each test goes to a worker that is free,
+# at the end, where a whole file would keep one worker at it and leave the others idle.
+APART = (
+    "test_asm",
+    "test_assembled",
+    "test_decode_interpreted",
+    "test_persistent_gluon",
+    "test_prefill_gluon",
+    "test_support",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of another file stay together: they share what a fixture makes."""
+    for item in items:
+        if item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A test that is skipped shows nothing, so it fails the run."""
