@@ -2,6 +2,10 @@
 
 List, workspace and combine are those of persistent.py; what can be served is what gluon.py serves, and fp8: K and V are
 made 16 bits wide first, in the workspace (triton_widen.py), q as it is loaded. Imports no triton.
+
+Widening by warps of the kernel itself was 14 % faster for prompts of 1024 tokens and 13 to 24 % slower for long ones
+(H200, 2026-11-29): these warps take longer for a tile than its products do. If widening cost nothing, fp8 would be 1.01
+to 1.07 times as fast as bf16.
 """
 
 from __future__ import annotations
