@@ -11,27 +11,17 @@ import importlib
 import json
 import os
 import sys
-import traceback
 import warnings
 from typing import Any
 
 
-def run(request: dict[str, Any]) -> int:
-    """The exit status of a program of ours in this process, whose output goes to files from now on."""
+def run(request: dict[str, Any]) -> None:
+    """Runs a program of ours in this process, a fork, and ends it as the program's own interpreter would: an error is
+    told on stderr, with exit status 1."""
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        file = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = [f"{request['program']}.py", *request["arguments"]]
-    try:
-        return int(importlib.import_module(request["program"]).main() or 0)
-    except SystemExit as error:  # of argparse
-        return error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.exit(importlib.import_module(request["program"]).main())
 
 
 def main() -> None:
@@ -41,7 +31,7 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            os._exit(run(json.loads(line)))
+            run(json.loads(line))
         sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
         sys.stdout.flush()
 
