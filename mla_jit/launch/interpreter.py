@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,6 +21,7 @@ from mla_jit.compile.artifact import Scalar, Source
 from mla_jit.errors import LaunchError
 from mla_jit.launch.base import Arg, Binding, Launch
 
+_running = threading.Lock()  # Triton's interpreter replaces functions of the whole process while it runs a launch
 _LANGUAGE = {"triton.language", "triton.language.core"}
 _KINDS = {"i32": ("i32",), "i64": ("i64",), "fp32": ("f32",)}  # a signature's scalar type -> kinds of arguments
 
@@ -50,7 +52,7 @@ class InterpreterBound:
             arguments = {k: _constant(v) for k, v in constants.items()}
             for (parameter, kind), arg in zip(source.signature, launch.args, strict=True):
                 arguments[parameter] = self._argument(parameter, kind, arg, addresses, values)
-            with _patched_once():
+            with _running, _patched_once():
                 getattr(importlib.import_module(module), name)[launch.grid](**arguments)
 
     def _argument(
