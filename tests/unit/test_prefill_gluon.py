@@ -109,7 +109,8 @@ def products_overlap(artifact: Artifact) -> bool:
         ({"kv_dtype": "fp8_e4m3fnuz"}, "of fp8 types e4m3 is made wide"),
         ({"q_dtype": "fp8_e4m3"}, "fp8 q needs k and v of the same dtype"),
         ({"kv_dtype": "fp16"}, "all must be bf16 or all fp16"),
-        ({"kv_dtype": "fp8_e4m3", "out_dtype": "fp16"}, "one type is written"),
+        ({"out_dtype": "fp16"}, "one type is written"),
+        ({"kv_dtype": "fp8_e4m3", "out_dtype": "fp32"}, "it must be bf16 or fp16"),
         ({"kv_dtype": "fp8_e4m3", "num_kv_heads": 1 << 25, "num_heads": 1 << 25}, "largest grid"),
         ({"num_heads": 1 << 20, "num_kv_heads": 1 << 20, "total_q": 1 << 20}, "largest grid"),
     ],
@@ -135,10 +136,11 @@ def test_the_list_and_the_sums_are_those_of_the_triton_row(heads: int) -> None:
     assert [s.split(":")[0] for _, s in mine[0].signature].count("tma<bf16[128,64]>") == 2
 
 
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("q_dtype", ["bf16", "fp16", "fp8_e4m3"])
-def test_fp8_keys_and_values_are_made_wide_in_the_workspace(q_dtype: str) -> None:
-    wide = "fp16" if q_dtype == "fp16" else "bf16"
-    few = dataclasses.replace(LONG, num_heads=16, num_kv_heads=8, q_dtype=q_dtype, kv_dtype="fp8_e4m3", out_dtype=wide,
+def test_fp8_keys_and_values_are_made_wide_in_the_workspace(q_dtype: str, out_dtype: str) -> None:
+    wide = "bf16" if q_dtype == "bf16" else "fp16"
+    few = dataclasses.replace(LONG, num_heads=16, num_kv_heads=8, q_dtype=q_dtype, kv_dtype="fp8_e4m3", out_dtype=out_dtype,
                               misaligned=("k",), token_major=False)  # fmt: skip
     config = persistent_gluon.default(few, HOPPER)
     assert persistent_gluon.rejects(few, HOPPER, config) is None
@@ -148,6 +150,7 @@ def test_fp8_keys_and_values_are_made_wide_in_the_workspace(q_dtype: str) -> Non
     assert (artifact.spill_bytes, artifact.threads) == (0, 256)
     assert compile_source(walk).spill_bytes == 0
     assert dict(walk.signature)["k_desc"] == f"tma<{wide}[128,64]>"
+    assert dict(walk.signature)["out_ptr"].split(":")[0] == f"*{out_dtype}"
     offsets = persistent_gluon.workspace_offsets(few, HOPPER, config)
     views = persistent_gluon.views(few, HOPPER, config)
     assert {name: (v.rows, v.columns, v.row_bytes, v.dtype) for name, v in views.items()} == {
@@ -193,11 +196,11 @@ assert row.rejects(p, there, config) is None
 source, launch = row.sources(p, there, config)[-1], row.launches(p, there, config)[0]
 numbers = {**inputs.binding.numbers, **row.numbers(p, there, config)}
 bound = interpreter.bind([source], [dataclasses.replace(launch, kernel=0)], Binding(numbers))
-wide = {name: torch.full((150, 3, dim), 7.0, dtype=torch.bfloat16) for name, dim in (("k_wide", 192), ("v_wide", 128))}
+wide = {name: torch.full((150, 3, dim), 7.0, dtype=torch.float16) for name, dim in (("k_wide", 192), ("v_wide", 128))}
 tensors = {**inputs.tensors, **wide}
 bound.run([tensors[name].data_ptr() + offset for name, offset in bound.operands], [])
 for name, x in (("k_wide", k), ("v_wide", v)):
-    assert torch.equal(wide[name][:140], x[:140].bfloat16()), name
+    assert torch.equal(wide[name][:140], x[:140].half()), name
     assert bool((wide[name][140:] == 7.0).all()), name  # of no sequence
 """
 

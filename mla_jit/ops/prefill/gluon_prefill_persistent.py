@@ -221,8 +221,9 @@ def _consume(cid: gl.constexpr, items_ptr, items, heads_together, ring, ring_ful
                 gl.store(lses + offs.to(gl.int64) * lse_stride_t, lse * lse_mul, mask=offs < of_len)
             # by way of the shared memory of its queries, whole lines a warp
             _barrier()
-            tile = q_smem.index(cid * BOXES)._reinterpret(dtype, [64, DV], SMEM)
-            tile.store(acc.to(dtype))
+            of_out: gl.constexpr = out_ptr.dtype.element_ty
+            tile = q_smem.index(cid * BOXES)._reinterpret(of_out, [64, DV], SMEM)
+            tile.store(acc.to(of_out))
             _barrier()
             rows = row0 + gl.arange(0, 64, gl.SliceLayout(1, LINES))
             outs = gl.expand_dims(rows.to(gl.int64) * out_stride_t, 1) + gl.expand_dims(

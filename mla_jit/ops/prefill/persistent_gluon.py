@@ -44,7 +44,10 @@ def rejects(p: PrefillProblem, target: Target, config: Config) -> str | None:
         return f"q is {p.q_dtype}, k and v are {p.kv_dtype}: fp8 q needs k and v of the same dtype"
     if _narrow(p) and _widening_programs(p) >= 2**31:
         return "tokens × elements exceed the largest grid (2^31) of the kernel that widens K and V; split the batch"
-    return gluon.refuses(_wide(p), target, config)
+    if _narrow(p) and DTYPES[p.out_dtype].bits != 16:
+        return f"out is {p.out_dtype}: beside k and v in {p.kv_dtype} it must be bf16 or fp16"
+    wide = _wide(p)
+    return gluon.refuses(dataclasses.replace(wide, out_dtype=wide.q_dtype) if _narrow(p) else wide, target, config)
 
 
 def _narrow(p: PrefillProblem) -> bool:
@@ -56,7 +59,7 @@ def _wide(p: PrefillProblem) -> PrefillProblem:
     """The problem of the kernel that walks the list: of 16 bits, K and V without gaps."""
     if not _narrow(p):
         return p
-    wide = "bf16" if DTYPES[p.q_dtype].bits == 8 else p.q_dtype
+    wide = "fp16" if DTYPES[p.q_dtype].bits == 8 else p.q_dtype
     misaligned = tuple(name for name in p.misaligned if name not in ("k", "v"))
     return dataclasses.replace(p, q_dtype=wide, kv_dtype=wide, misaligned=misaligned, token_major=True)
 
