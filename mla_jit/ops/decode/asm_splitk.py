@@ -397,7 +397,7 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
         count = max(p.batch * splitk.num_splits(p, config), splitk._wave(p, target, config))
     grid = (max(1, count * splitk._row_blocks(p, config)), 1, 1)
     together = _together(p, config)
-    stage1 = Launch(0, grid, args, cluster=_CLUSTER if together else 1)
+    stage1 = Launch(0, grid, args, pdl=bool(config["pdl"]), cluster=_CLUSTER if together else 1)
     if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
     heads, columns = _combine_tile(p, config)
