@@ -95,9 +95,10 @@ def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
 
 def run_kernel(
     source: Source, launch: Launch, binding: Binding, places: dict[str, int], floats: dict[str, float],
-    memory: ptx_machine.Memory, seed: int,
+    memory: ptx_machine.Memory, seed: int, first: bool,
 ) -> ptx_machine.Statistics:  # fmt: skip
-    """The kernel of a PTX source on host memory."""
+    """The kernel of a PTX source on host memory. If it may overlap the launch before it, it waits before it touches what
+    that writes: of the first launch anything, of the second the partials."""
     made = render.render(source)
     arguments: list[Any] = []
     for arg in launch.args:
@@ -113,7 +114,10 @@ def run_kernel(
             arguments.append(floats[arg.name] if arg.kind == "f32" else int(binding.numbers[arg.name]))
     size = int(dict(source.constants)["ARENA"] or 0)
     program = ptx_machine.parse(made.text)
-    return ptx_machine.run(program, launch.grid, arguments, memory, size, seed=seed, cluster=launch.cluster)
+    dependent = (None if first else frozenset({"workspace"})) if launch.pdl else frozenset()
+    return ptx_machine.run(
+        program, launch.grid, arguments, memory, size, seed=seed, cluster=launch.cluster, dependent=dependent
+    )
 
 
 def interpret(source: Source, launch: Launch, binding: Binding, places: dict[str, int]) -> None:
@@ -140,7 +144,8 @@ def decode(
     for launch in launches:
         source = sources[launch.kernel]
         if source.toolchain == "ptx":
-            ran.append(run_kernel(source, launch, binding, places, inputs.floats, buffers(call, tensors), seed))
+            memory = buffers(call, tensors)
+            ran.append(run_kernel(source, launch, binding, places, inputs.floats, memory, seed, launch is launches[0]))
         else:
             interpret(source, launch, binding, places)
     said, *_ = ran
@@ -156,7 +161,6 @@ def judged(
     call = cases.build(case)
     inputs = decode_inputs(call.q, call.kv_cache, **call.kwargs)
     config = variant.default(inputs.problem, target).replace(**changes)
-    config = config.replace(pdl=False) if "pdl" in config else config
     if (reason := variant.rejects(inputs.problem, target, config)) is not None:
         return {"refused": reason}
     out, lse, said = decode(call, inputs, variant, target, config, seed)

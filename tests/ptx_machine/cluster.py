@@ -93,7 +93,7 @@ class Cluster:
             raise MemoryFault(f"the shared::cluster address is of rank {rank}, the cluster has {self.size} CTAs", lane)
         cta = self.ctas[rank]
         if not any(other.live for other in cta.warps):
-            raise MemoryFault(f"read of the shared memory of CTA {cta.index}, which has exited", lane)
+            raise MemoryFault(f"use of the shared memory of CTA {cta.index}, which has exited", lane)
         shared: SharedMemory = cta.shared
         return shared
 

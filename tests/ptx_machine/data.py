@@ -422,13 +422,14 @@ class Bulk:
     source: tuple[int, int]  # (x, y) of a tensor map, (address, bytes)
     nbytes: int
     line: str
+    first: bool = True  # of a multicast, which reads device memory once
 
     def complete(self) -> None:
         shared, machine = self.cta.shared, self.cta.machine
         mbarrier: Mbarrier = shared.mbarrier(None, self.barrier)
         if self.map is not None:
             box, read = self.map.box(machine.memory, *self.source)
-            machine.statistics.global_read += read
+            machine.statistics.global_read += read if self.first else 0
             pitch = box.shape[1]
             at = self.destination + (np.arange(box.shape[0]) * pitch)[:, None] + np.arange(0, pitch, 16)
             if self.map.swizzle:
@@ -649,8 +650,7 @@ def _bulk(d: Decoder) -> Run:
         return lambda w, m: None
     if d.mods and d.mods[0] in ("commit_group", "wait_group"):
         return _bulk_groups(d)
-    if "multicast::cluster" in d.mods:
-        raise d.error("multicast is not modelled")
+    multicast = d.take("multicast::cluster")
     tensor = d.take("tensor")
     if tensor:
         d.need("2d")
@@ -663,6 +663,7 @@ def _bulk(d: Decoder) -> Run:
     d.drop(*spaces)
     d.need("mbarrier::complete_tx::bytes")
     policy_operand(d)
+    to_ranks = d.source(d.operands.pop(), "b16") if multicast else -1
     d.finish(3 if tensor else 4)
     row, offset = shared_address(d, d.operands[0])
     bar, bar_offset = shared_address(d, d.operands[-1])
@@ -700,11 +701,29 @@ def _bulk(d: Decoder) -> Run:
                 if nbytes % 16 or at % 16 or not nbytes:
                     raise MemoryFault(f"a bulk copy of {nbytes} bytes from {at:#x}: not multiples of 16", lane)
                 machine.memory.find(at, at + nbytes, False, lane)
+            machine.memory.opened(None, lane)
             units = shared.range(to, nbytes, align)
-            if shared.checks:
-                shared.async_write(w.index, units, mbarrier.slot)
-            shared.bytes[to : to + nbytes] = 0xFF
-            w.cta.pending.append(Bulk(w.cta, units, barrier, to, map_, where, nbytes, machine.line_of(w.fragment.pc)))
+            line = machine.line_of(w.fragment.pc)
+            cluster = w.cta.cluster
+            ranks = int(w.rows[to_ranks][lane]) if multicast else 1 << w.cta.rank
+            if not 0 < ranks < 1 << cluster.size:
+                raise MemoryFault(f"multicast to the ranks {ranks:#b} of a cluster of {cluster.size} CTAs", lane)
+            first = True
+            for rank in range(cluster.size):
+                if not ranks >> rank & 1:
+                    continue
+                cta = cluster.ctas[rank]
+                there = cluster.memory(w, rank + 1, lane)
+                if cta is not w.cta:
+                    mbarrier = there.far_mbarrier(barrier, cluster.phase)
+                if there.checks:
+                    known, proxy = shared.clock[w.index], shared.proxy_clock[w.index]
+                    known, proxy = shared.seen_from(there, known), shared.seen_from(there, proxy)
+                    there.pc = shared.pc
+                    there.async_write(known, proxy, units, mbarrier.slot)
+                there.bytes[to : to + nbytes] = 0xFF
+                cta.pending.append(Bulk(cta, units, barrier, to, map_, where, nbytes, line, first))
+                first = False
 
     return run
 
@@ -849,17 +868,25 @@ def _mbarrier(d: Decoder) -> Run:
     target = -1 if isinstance(state, Sink) else d.destination(state, "b64")
 
     def arrive(w: Any, m: int) -> None:
-        shared = w.shared
-        clock = shared.clock[w.index]
+        own, cluster = w.shared, w.cta.cluster
         for lane in LISTS[m].tolist():
-            mbarrier = shared.mbarrier(w.index, int(w.rows[row][lane]) + offset)
+            window, address = divmod(int(w.rows[row][lane]) + offset, 1 << WINDOW)
+            shared, clock = own, own.clock[w.index]
+            if window:
+                shared = cluster.memory(w, window, lane)
+                if target >= 0 or expect:
+                    raise d.error("of another CTA's mbarrier there is no state, and no expect_tx is modelled")
+                clock = own.seen_from(shared, clock)
+                mbarrier = shared.far_mbarrier(address, cluster.phase)
+            else:
+                mbarrier = shared.mbarrier(w.index, address)
             if target >= 0:
                 w.rows[target][lane] = mbarrier.phase
             if expect:
                 shared.expect(mbarrier, int(w.rows[amount][lane]))
             count = 1 if expect or amount < 0 else int(w.rows[amount][lane])
             shared.arrive(mbarrier, count, clock)
-        shared.release(w.index)
+        own.release(w.index)
 
     return arrive
 
@@ -986,6 +1013,7 @@ def _fence(d: Decoder) -> Run:
             for mbarrier in w.shared.mbarriers.values():
                 if mbarrier.init_warp == w.index:
                     mbarrier.fenced = True
+            w.shared.announce(w.index, w.cta.cluster.phase + bool(w.arrived & m))
 
         return initialised
     if d.take("proxy"):

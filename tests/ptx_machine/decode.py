@@ -1022,9 +1022,15 @@ def _nanosleep(d: Decoder) -> Run:
 
 @decodes("griddepcontrol")
 def _griddepcontrol(d: Decoder) -> Run:
-    d.need("wait", "launch_dependents")
+    waits = d.need("wait", "launch_dependents") == "wait"
     d.finish(0)
-    return lambda w, m: None
+
+    def run(w: Any, m: int) -> None:
+        if waits:
+            w.waited |= m
+            w.machine.memory.shut = w.shut()
+
+    return run
 
 
 # ---------------------------------------------------------------------- between lanes

@@ -146,6 +146,7 @@ class Warp:
         self.copy_serial = 0
         self.bulk_open: dict[int, list[Any]] = {}  # by lanes: bulk copies out of shared memory that are in no group
         self.bulk_groups: dict[int, list[list[Any]]] = {}
+        self.waited = 0  # lanes, for the grid before
         self.arrived = 0  # lanes, at barrier.cluster in its phase
         self.arrived_unwaited = 0  # in any phase, without a wait since
         thread = self.index * 32 + LANE
@@ -167,6 +168,10 @@ class Warp:
         for name, rows in self.special.items():
             for row in rows:
                 np.copyto(row, values.get(name, 0), "unsafe")
+
+    def shut(self) -> frozenset[str] | None:
+        """Buffers that this warp may not touch yet; None: all."""
+        return self.machine.dependent if self.waited & self.live != self.live else frozenset()
 
     # ------------------------------------------------------------------ divergence
     def split(self, pc: int, mask: int) -> None:
@@ -285,9 +290,10 @@ class Cta:
 class Machine:
     def __init__(
         self, program: Program, grid: tuple[int, int, int], threads: int, memory: Memory, smem_bytes: int, checks: bool,
-        cluster: int,
+        cluster: int, dependent: frozenset[str] | None,
     ) -> None:  # fmt: skip
         self.program, self.grid, self.threads, self.memory = program, grid, threads, memory
+        self.dependent = dependent
         self.smem_bytes, self.checks, self.cluster = smem_bytes, checks, cluster
         self.watch = Watch(self) if checks else None
         self.statistics = Statistics()
@@ -306,6 +312,7 @@ class Machine:
 
     def burst(self, w: Warp, limit: int) -> None:
         """Runs up to `limit` instructions of a warp."""
+        self.memory.shut = w.shut()
         code, counts = self.program.code, self.counts
         written, wrote, read, preds, locked = w.written, w.wrote, w.read, w.preds, w.locked
         shared = w.shared
@@ -470,12 +477,14 @@ def run(
     checks: bool = True,
     max_steps: int = 300_000,
     cluster: int = 1,
+    dependent: frozenset[str] | None = frozenset(),
 ) -> Statistics:
     """Runs a grid. CTAs come in random order (`order="sequential"`: as numbered, and the lowest warp first).
 
     CTAs `cluster` i to `cluster` i + `cluster` - 1 are a cluster and run concurrently. `concurrent` clusters are
     interleaved; `checks=False` leaves out the shadows of shared and global memory; `max_steps` bounds the bursts of
-    instructions before the run counts as hung.
+    instructions before the run counts as hung. `dependent`: buffers that no thread may touch before griddepcontrol.wait;
+    None: all, as where anything may come before in the stream.
     """
     module = program.module
     count = threads or module.reqntid or module.maxntid
@@ -499,7 +508,7 @@ def run(
         raise MachineError(f"a cluster of {cluster} CTAs, but the entry has .reqnctapercluster {module.cluster}")
     if x % cluster:
         raise MachineError(f"clusters of {cluster} CTAs do not divide a grid of {x}")
-    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks, cluster)
+    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks, cluster, dependent)
     machine.parameters, machine.maps = _data.pack_parameters(module, list(arguments))
     ctas = [
         [(i + rank, j, k) for rank in range(cluster)] for k in range(z) for j in range(y) for i in range(0, x, cluster)

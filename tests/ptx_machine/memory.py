@@ -29,6 +29,13 @@ class Memory:
 
     def __init__(self) -> None:
         self.buffers: list[Buffer] = []
+        self.shut: frozenset[str] | None = frozenset()  # buffers whose contents are not there yet; None: of all
+
+    def opened(self, buffer: Buffer | None, lane: int | None) -> None:
+        """MemoryFault for what may not be touched before griddepcontrol.wait (9.7.13.13); None: any buffer."""
+        if self.shut is None or (buffer is not None and buffer.name in self.shut):
+            what = "device memory" if buffer is None else buffer.name
+            raise MemoryFault(f"{what} is used before griddepcontrol.wait: the grid before may still write it", lane)
 
     def add(self, name: str, address: int, nbytes: int, writable: bool = True) -> None:
         """Register a live host buffer, for instance a torch tensor's data_ptr()."""
@@ -47,6 +54,7 @@ class Memory:
             if buffer.address <= low and high <= buffer.address + buffer.nbytes:
                 if write and not buffer.writable:
                     raise MemoryFault(f"write to {buffer.name}, which is read-only", lane)
+                self.opened(buffer, lane)
                 return buffer
         raise MemoryFault(f"address {low:#x} ({high - low} bytes) is in no buffer; {self.nearest(low, high)}", lane)
 
@@ -73,6 +81,7 @@ class Memory:
         low, high = int(at.min()), int(at.max()) + nbytes
         for buffer in self.buffers:
             if buffer.address <= low and high <= buffer.address + buffer.nbytes and (buffer.writable or not write):
+                self.opened(buffer, int(lanes[0]))
                 return [(buffer, lanes, (at - np.uint64(buffer.base)).astype(np.int64))]
         found: dict[str, tuple[Buffer, list[int]]] = {}
         for i, address in enumerate(at.tolist()):
@@ -81,7 +90,12 @@ class Memory:
         return [(b, lanes[i], (at[i] - np.uint64(b.base)).astype(np.int64)) for b, i in found.values()]
 
     def read_bytes(self, address: int, nbytes: int) -> Array:
-        buffer = self.find(address, address + nbytes)
+        """What a copy reads that was issued before."""
+        shut, self.shut = self.shut, frozenset()
+        try:
+            buffer = self.find(address, address + nbytes)
+        finally:
+            self.shut = shut
         return buffer.views[1][address - buffer.base : address - buffer.base + nbytes]
 
 

@@ -39,6 +39,7 @@ class Mbarrier:
     clock: Array  # of the arrivals of this phase
     released: Array  # of the phase before
     fenced: bool = False  # the initialisation is visible to the async proxy
+    announced: int = NEVER  # and to other CTAs of the cluster when this phase of barrier.cluster has ended
     init_warp: int = 0
     tx: int = 0
     phase: int = 0
@@ -210,15 +211,16 @@ class SharedMemory:
         self.ordered_read(w, units, "read")
         self.read_epoch[w, units] = self.clock[w, w]
 
-    def ordered_write(self, w: int, units: Units, what: str) -> None:
+    def ordered_write(self, clock: Array, units: Units, what: str) -> None:
+        """By who knows what is in `clock`."""
         flags = self.flags[units] & (PENDING | BARRIER)
         if flags.any():
             self.bad_flags(units, flags, what)
-        bad = self.write_epoch[units] > self.clock[w][self.writer[units]]
+        bad = self.write_epoch[units] > clock[self.writer[units]]
         if bad.any():
             unit, _ = self.place(units, bad)
             raise Race(f"{what} is not ordered after the write of {self.written(unit)}")
-        bad = self.read_epoch[:, units] > self.clock[w, : self.n, None]
+        bad = self.read_epoch[:, units] > clock[: self.n, None]
         if bad.any():
             reader = int(np.flatnonzero(bad.any(axis=1))[0])
             unit, _ = self.place(units, bad[reader])
@@ -232,7 +234,7 @@ class SharedMemory:
             unit, _ = self.place(units, leaving)
             raise Race(f"{what} of {self.name(unit << self.shift)} while a bulk copy reads it that was not waited for")
         if self.far_epoch is not None:
-            late = self.far_epoch[:, :, units] > self.far_known(self.clock[w])[:, :, None]
+            late = self.far_epoch[:, :, units] > self.far_known(clock)[:, :, None]
             if late.any():
                 rank, reader = np.argwhere(late.any(axis=2))[0].tolist()
                 unit, _ = self.place(units, late[rank, reader])
@@ -243,7 +245,7 @@ class SharedMemory:
 
     def write(self, w: int, units: Units) -> None:
         """An ordinary (generic proxy) write by warp w."""
-        self.ordered_write(w, units, "write")
+        self.ordered_write(self.clock[w], units, "write")
         self.flags[units] = 0
         self.writer[units] = w
         self.write_epoch[units] = self.clock[w, w]
@@ -257,6 +259,12 @@ class SharedMemory:
         if len(dirty) > 512:
             self.dirty[w][self.mask] = [np.unique(np.concatenate(dirty))]
 
+    def announce(self, w: int, phase: int) -> None:
+        """fence.mbarrier_init.release.cluster by warp w, which then arrives in this phase of barrier.cluster."""
+        for mbarrier in self.mbarriers.values():
+            if mbarrier.init_warp == w:
+                mbarrier.announced = min(mbarrier.announced, phase)
+
     def fence_async(self, w: int, mask: int) -> None:
         """fence.proxy.async by lanes of warp w: what they wrote so far is visible to the async proxy (9.7.13.4)."""
         now = self.clock[w, w]
@@ -269,20 +277,22 @@ class SharedMemory:
             if mbarrier.init_warp == w:
                 mbarrier.fenced = True
 
-    def fenced(self, w: int, units: Units, writer: Array, clock: Array, what: str) -> None:
-        """Ordinary writes that the async proxy meets lie behind the writer's proxy fence; after cp.async, anyone's."""
+    def fenced(self, proxy: Array, units: Units, writer: Array, clock: Array, what: str) -> None:
+        """Ordinary writes that the async proxy meets lie behind the writer's proxy fence; after cp.async, anyone's.
+
+        proxy: what was known at the last such fence of who is at work here."""
         bad = self.fence_epoch[units] > clock[self.fence_slot[writer]]
         if bad.any():
-            copied = (writer >= self.n) & (self.write_epoch[units] <= self.proxy_clock[w][writer])
+            copied = (writer >= self.n) & (self.write_epoch[units] <= proxy[writer])
             bad &= ~copied
             if bad.any():
                 unit, _ = self.place(units, bad)
                 raise Race(f"{what} without fence.proxy.async, not fenced after the write of {self.written(unit)}")
 
-    def async_write(self, w: int, units: Units, slot: int) -> None:
-        """A bulk copy issued by warp w: from here to its end nothing may touch the bytes."""
-        self.ordered_write(w, units, "asynchronous copy")
-        self.fenced(w, units, self.writer[units], self.clock[w], "asynchronous copy")
+    def async_write(self, clock: Array, proxy: Array, units: Units, slot: int) -> None:
+        """A bulk copy issued by who knows `clock`: from here to its end nothing may touch the bytes."""
+        self.ordered_write(clock, units, "asynchronous copy")
+        self.fenced(proxy, units, self.writer[units], clock, "asynchronous copy")
         self.flags[units] = PENDING
         self.writer[units] = slot
         self.write_pc[units] = self.pc
@@ -295,7 +305,7 @@ class SharedMemory:
 
     def copy_issue(self, w: int, units: Units) -> None:
         """cp.async (not bulk): the generic proxy, but nothing may touch the bytes until it is complete."""
-        self.ordered_write(w, units, "cp.async")
+        self.ordered_write(self.clock[w], units, "cp.async")
         self.flags[units] = PENDING
         self.writer[units] = self.n + w
         self.write_pc[units] = self.pc
@@ -310,13 +320,13 @@ class SharedMemory:
 
     def wgmma_read(self, w: int, units: Units) -> None:
         writer = self.ordered_read(w, units, "wgmma's read")
-        self.fenced(w, units, writer, self.clock[w], "wgmma's read")
+        self.fenced(self.proxy_clock[w], units, writer, self.clock[w], "wgmma's read")
         self.read_epoch[w, units] = NEVER
 
     def bulk_read(self, w: int, units: Units) -> None:
         """A bulk copy out of shared memory, issued by warp w: until it is waited for nothing may write the bytes."""
         writer = self.ordered_read(w, units, "bulk copy's read")
-        self.fenced(w, units, writer, self.clock[w], "bulk copy's read")
+        self.fenced(self.proxy_clock[w], units, writer, self.clock[w], "bulk copy's read")
         self.leaving[units] += 1
         self.copies_out += 1
 
@@ -360,6 +370,26 @@ class SharedMemory:
             )
 
     # ------------------------------------------------------------------ clocks
+    def seen_from(self, other: SharedMemory, clock: Array) -> Array:
+        """A clock of this CTA's in the slots of another's of the cluster."""
+        if other is self:
+            return clock
+        known = clock.copy()
+        known[self.part(self.rank)] = clock[: self.peers]
+        known[: self.peers] = known[other.part(other.rank)]
+        known[other.part(other.rank)] = 0  # the other's clocks have NEVER there already
+        return known
+
+    def far_mbarrier(self, address: int, phase: int) -> Mbarrier:
+        """Of this CTA, used by another of the cluster, which has seen so many phases of barrier.cluster end."""
+        mbarrier = self.mbarrier(None, address)
+        if mbarrier.announced >= phase:
+            raise ProtocolError(
+                f"mbarrier {self.name(address)} of rank {self.rank} of the cluster is used by another CTA, but after its "
+                "init no fence.mbarrier_init.release.cluster and barrier.cluster came"
+            )
+        return mbarrier
+
     def release(self, w: int) -> None:
         self.clock[w, w] += 1
 

@@ -39,8 +39,9 @@ def _like(p: DecodeProblem, target: Target, config: Config) -> Config:
 def default(p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone."""
     return Config.of(
-        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, policy="evict_first", overhead=_OVERHEAD, waves=1
-    )
+        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, policy="evict_first", multicast=False,
+        overhead=_OVERHEAD, waves=1,
+    )  # fmt: skip
 
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
@@ -50,7 +51,7 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 def sources(p: DecodeProblem, target: Target, config: Config) -> tuple[Source, ...]:
     """What walks the list, as the kernel that counts; then what makes it."""
-    constants = asm_splitk._shared_constants(TEMPLATE, p, target, config)
+    constants = asm_splitk._shared_constants(TEMPLATE, p, target, config) | {"PDL": target.has("pdl")}
     arguments = _arguments(p, target, config)
     walk = asm_splitk._source(target, NAME, TEMPLATE.file, constants, arguments, ("wgmma",))
     return walk, persistent.sources(p, target, _like(p, target, config))[1]
@@ -64,8 +65,11 @@ def prepare(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, .
 def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, ...]:
     """The list, unless the caller brings it; a program a (block of rows, KV head, group)."""
     arguments = tuple(arg for *_, arg in _arguments(p, target, config))
+    cluster = asm_splitk._CLUSTER if asm_splitk._shares_tiles(p, config) else 1
     return tuple(
-        dataclasses.replace(launch, args=arguments) if launch.kernel == 0 else launch
+        dataclasses.replace(launch, args=arguments, pdl=target.has("pdl"), cluster=cluster)
+        if launch.kernel == 0
+        else launch
         for launch in persistent.launches(p, target, _like(p, target, config))
     )
 
@@ -98,7 +102,8 @@ def cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
 SPACE: dict[str, tuple[int | str | bool, ...]] = {
     "block_m": (64,), "block_n": (64,), "num_warps": (8,), "lazy": (False, True),
-    "policy": ("evict_first", "evict_normal"), "overhead": (1, 2, 3, 5, 8, 12), "waves": (1,),
+    "policy": ("evict_first", "evict_normal"), "multicast": (False, True), "overhead": (1, 2, 3, 5, 8, 12),
+    "waves": (1,),
 }  # fmt: skip
 
 DECODE_PERSISTENT_ASM = Variant(

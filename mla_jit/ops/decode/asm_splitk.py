@@ -226,7 +226,7 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
         like["block_n"] = min(template.tiles)  # copied, not gathered
     if template is WIDE:
-        like["walk"] = False
+        like |= {"walk": False, "multicast": False}
     if template is MIXED:
         like |= {"short": 2048, "short_m": 32 if p.rows > 32 else 16}
     config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
@@ -245,7 +245,7 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    own = ("policy", "together", "walk", "short", "short_m", "combine_ahead")
+    own = ("policy", "together", "walk", "multicast", "short", "short_m", "combine_ahead")
     items = {name: value for name, value in config.items() if name not in own}
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
@@ -261,7 +261,8 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
 def _shared_constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
     """Those of every kernel of stage 1."""
     layout = template.layout(p, target, config)
-    return {k: json.dumps(v) if isinstance(v, list) else v for k, v in layout.items()} | {
+    shares: dict[str, Scalar] = {"MULTICAST": _shares_tiles(p, config)} if "multicast" in config else {}
+    return shares | {k: json.dumps(v) if isinstance(v, list) else v for k, v in layout.items()} | {
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "LAZY": bool(config["lazy"]), "POLICY": config.text("policy"),
@@ -380,6 +381,14 @@ def _together(p: DecodeProblem, config: Config) -> bool:
     return bool(config["together"]) and free and splitk.num_splits(p, config) == _CLUSTER
 
 
+def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
+    """Whether the tunable `multicast` has an effect: programs of two blocks of rows are a cluster, and each copies half of
+    each tile to both. In each sequence both have rows, or neither; not with bounded waits, as for `together`."""
+    pairs = -(-p.rows // _BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * _BOX) == 0)
+    free = not _gathers(p, config) and not settings.current().bounded_waits
+    return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
+
+
 def _always_together(p: DecodeProblem, config: Config) -> bool:
     """Whether all pieces are put together by clusters: where lengths may be uneven, the kernel decides (pieces.ptx)."""
     return _together(p, config) and not splitk._balances(p)
@@ -397,7 +406,8 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
         count = max(p.batch * splitk.num_splits(p, config), splitk._wave(p, target, config))
     grid = (max(1, count * splitk._row_blocks(p, config)), 1, 1)
     together = _together(p, config)
-    stage1 = Launch(0, grid, args, pdl=bool(config["pdl"]), cluster=_CLUSTER if together else 1)
+    cluster = _CLUSTER if together or _shares_tiles(p, config) else 1
+    stage1 = Launch(0, grid, args, pdl=bool(config["pdl"]), cluster=cluster)
     if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
     heads, columns = _combine_tile(p, config)
@@ -464,7 +474,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS, "combine_ahead": _AHEAD,
     }  # fmt: skip
     if template is WIDE:
-        space["walk"] = (False, True)
+        space |= {"walk": (False, True), "multicast": (False, True)}
     if template is MIXED:
         space |= {"short": (1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
     return Variant(
