@@ -95,10 +95,11 @@ def _sizes(text: str) -> tuple[int, int, int, int]:
     help="Runs on fresh inputs (first-call: in fresh processes); the median counts.",
 )  # fmt: skip
 @click.option("--capacity-hint", is_flag=True, help="Also pass max_kv_len, the exact length, as a hint.")
+@click.option("--apart", is_flag=True, help="With a small kernel of torch's between calls, its time subtracted.")
 @verb
 def bench(
     grid: str | None, shape: tuple[tuple[int, int, int, int], ...], dtype: str | None, page_size: int | None,
-    against: tuple[str, ...], runs: int | None, capacity_hint: bool, as_json: bool,
+    against: tuple[str, ...], runs: int | None, capacity_hint: bool, apart: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Time `decode` on the GPU on the shapes where peers were measured, or what a call costs beside its kernels.
 
@@ -118,13 +119,14 @@ def bench(
 
     peers, q2, capture, ragged, databases and --shape give microseconds a call in CUDA graphs, with the KV rotated past
     the L2, every result checked first. score = best peer ÷ ours, of the recorded figures and of those timed in this run
-    by --against, in alternation; a peer that cannot serve a shape has "-". Exit code 1 without a GPU, but for host, and
-    where an aim is missed, which is printed beside its figure.
+    by --against, in alternation; a peer that cannot serve a shape has "-". Calls come one right after the other, so a
+    kernel that may start before the last call's have ended does; --apart is for what a call takes after other work.
+    Exit code 1 without a GPU, but for host, and where an aim is missed, which is printed beside its figure.
     """
     import torch
 
     what = _what(grid, shape, dtype, page_size)
-    _check(what, against, runs, capacity_hint)
+    _check(what, against, runs, capacity_hint, apart)
     device = "no GPU, null runtime"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
@@ -138,10 +140,11 @@ def bench(
     columns = _OF_SHAPES if what == "shapes" else _GRIDS[what]
     if not as_json:
         how = f"{dtype or _DTYPES[0]}, page {page_size or 64}" if shape else f"{what} grid"
+        how += ", calls apart" if apart else ""
         click.echo(", ".join([device, f"torch {torch.__version__}", *([f"{runs} runs"] if runs else []), how]))
         click.echo(_line((title, spec.partition(".")[0]) for _, title, spec in columns))
     rows, seconds = [], dict[str, float]()
-    for row in _rows(what, device, shapes, against, runs or _RUNS, capacity_hint, seconds):
+    for row in _rows(what, device, shapes, against, runs or _RUNS, capacity_hint, apart, seconds):
         rows.append(row)
         if not as_json:
             click.echo(_line((getattr(row, name), spec) for name, _, spec in columns))
@@ -172,7 +175,7 @@ def _what(grid: str | None, shape: tuple[Any, ...], dtype: str | None, page_size
     return "shapes" if shape else grid or "peers"
 
 
-def _check(what: str, against: tuple[str, ...], runs: int | None, hinted: bool) -> None:
+def _check(what: str, against: tuple[str, ...], runs: int | None, hinted: bool, apart: bool) -> None:
     from mla_jit.tuning import peers
 
     if unknown := set(against) - set(peers.PEERS):
@@ -183,6 +186,8 @@ def _check(what: str, against: tuple[str, ...], runs: int | None, hinted: bool) 
         )
     if hinted and what not in _WITH_PEERS:
         raise InvalidInput(f"--capacity-hint is for the grids peers, q2 and databases and for --shape, not for {what}")
+    if apart and what not in ("peers", "q2", "shapes"):
+        raise InvalidInput(f"--apart is for the grids peers and q2 and for --shape, not for {what}")
     if runs and what in _PROOFS:
         raise InvalidInput(f"--runs is not for {what}, which measures as often as it needs")
 
@@ -199,7 +204,7 @@ def _shapes(sizes: Iterable[tuple[int, int, int, int]], dtype: str, page_size: i
 
 
 def _rows(
-    what: str, device: str, shapes: list[Shape], against: tuple[str, ...], runs: int, hinted: bool,
+    what: str, device: str, shapes: list[Shape], against: tuple[str, ...], runs: int, hinted: bool, apart: bool,
     seconds: dict[str, float],
 ) -> Iterable[Any]:  # fmt: skip
     """The rows, as they come; `seconds` of what took long."""
@@ -221,7 +226,7 @@ def _rows(
     if what in _PROOFS:
         return _proof_rows(what, seconds)
     grid = [(shape, {}) for shape in shapes] if shapes else grids.peers_grid(2 if what == "q2" else 1, device)
-    return grids.rows(api.decode, grid, against, runs=runs, hinted=hinted)
+    return grids.rows(api.decode, grid, against, runs=runs, hinted=hinted, apart=apart)
 
 
 def _proof_rows(what: str, seconds: dict[str, float]) -> Iterator[Any]:

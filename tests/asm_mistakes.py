@@ -11,6 +11,8 @@ _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluste
 CHANGES: dict[str, dict[str, object]] = {
     "walk: ": {"walk": True, "together": False},
     "short: ": {"short": 256, "short_m": 8},
+    "multicast: ": {"multicast": True, "together": False},
+    "multicast, persistent: ": {"multicast": True},
 }  # by how a mistake's name begins, the tunables that reach it
 PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
@@ -25,7 +27,40 @@ TOGETHER: dict[str, tuple[str, str, str]] = {
         "add.u32 row, peer{{ SPLITS - 1 - s }}, e;",
     ),
 }
+_WAIT, _NEXT = "    griddepcontrol.wait;\n", "    griddepcontrol.launch_dependents;\n"
+OVERLAP: dict[str, tuple[str, str, str]] = {
+    "begun before others have ended": ("macros.ptx", _WAIT + _NEXT, _NEXT),
+}
+MULTICAST: dict[str, tuple[str, str, str]] = {
+    "multicast: the other's arrivals not counted": ("wide.ptx", "8 if MULTICAST else 4", "4"),
+    "multicast: the other is not told": (
+        "wide.ptx",
+        "{% if MULTICAST %}\n    {{ m.mbar_arrive_there",
+        "{% if false %}\n    {{ m.mbar_arrive_there",
+    ),
+    "multicast: gone before the other has arrived": (
+        "wide.ptx",
+        "{% set FED_ALL = 'FED' if MULTICAST else 'EXIT' %}",
+        "{% set FED_ALL = 'EXIT' %}",
+    ),
+    "multicast: the other's barriers not there": ("macros.ptx", "    barrier.cluster.wait.acquire;\n", ""),
+    "multicast: each box twice": ("wide.ptx", "('both', '@ours%d' % (i % 2))", "('both', '')"),
+    "multicast: half the boxes": ("wide.ptx", "mov.b16 both, 3;", "mov.b16 both, 1;"),
+    "multicast: an odd tile is kept": (
+        "wide.ptx",
+        "{% if LOOP or MULTICAST %}\n        {{ release(0, 1) }}",
+        "{% if LOOP %}\n        {{ release(0, 1) }}",
+    ),
+}
+MULTICAST_LOOP = {
+    name.replace(":", ", persistent:"): mistake for name, mistake in MULTICAST.items() if "odd tile" not in name
+}
 COMBINE: dict[str, tuple[str, str, str]] = {
+    "combine: before there are partials": (
+        "combine.ptx",
+        "{% if PDL %}\n    griddepcontrol.wait;\n{% endif %}\n\n{% macro request",
+        "\n{% macro request",
+    ),
     "combine: groups not waited for": ("combine.ptx", "    bar.sync 0;\n", ""),
     "combine: half the groups of a warp": ("combine.ptx", "for i in range(5) if", "for i in range(1) if"),
     "combine: another group's O as it is": (

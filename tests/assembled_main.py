@@ -97,8 +97,11 @@ def run_kernel(
     source: Source, launch: Launch, binding: Binding, places: dict[str, int], floats: dict[str, float],
     memory: ptx_machine.Memory, seed: int, first: bool,
 ) -> ptx_machine.Statistics:  # fmt: skip
-    """The kernel of a PTX source on host memory. If it may overlap the launch before it, it waits before it touches what
-    that writes: of the first launch anything, of the second the partials."""
+    """The kernel of a PTX source on host memory.
+
+    If it may overlap the launch before it, it waits before it touches what that writes: the first launch of a call
+    anything, the second the partials.
+    """
     made = render.render(source)
     arguments: list[Any] = []
     for arg in launch.args:
@@ -166,8 +169,9 @@ def judged(
     out, lse, said = decode(call, inputs, variant, target, config, seed)
     figures = cases.check(call, out, lse)
     far = sum(n for op, n in said.instructions.items() if op.startswith("ld.shared::cluster"))
+    shared = sum(n for op, n in said.instructions.items() if "multicast" in op)
     line = {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
-    return {**line, "steps": said.steps, "far_reads": far}
+    return {**line, "steps": said.steps, "far_reads": far, "multicasts": shared}
 
 
 def alive(variant: Variant, target: Target, seed: int) -> int:
@@ -181,6 +185,8 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
         changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
         for case in hard_cases if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces and case.num_kv_splits is None else case
+            if changes.get("multicast"):
+                hard = fitting(hard, 64, 0, 128)
             try:
                 with planted(variant.name, mistake):
                     judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, changes, order)

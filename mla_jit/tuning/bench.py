@@ -210,9 +210,27 @@ def roof_us(shape: Shape, bandwidth_gbps: float, tflops: float, c: int = 512, r:
     return max(size / bandwidth_gbps * 1e-3, flops / tflops * 1e-6)
 
 
+def _apart(call: Call, device: torch.device) -> Call:
+    """The call with another kernel before it, which knows nothing of launches that overlap."""
+    some = torch.zeros(4096, device=device)
+
+    def run(s: Set) -> torch.Tensor:
+        some.add_(1.0)
+        return call(s)
+
+    return run
+
+
+_BETWEEN = " "  # the kernels between calls, without calls
+
+
 def bench(shape: Shape, runners: Mapping[str, Runner], *, capacity: int = 131072, rounds: int = 7, seed: int = 0,
-          bandwidth_gbps: float = 4500.0, tflops: float = 762.0) -> Result:  # fmt: skip
-    """Checks every runner on fresh inputs, then times them in alternation. Raises MlaJitError on a wrong result."""
+          bandwidth_gbps: float = 4500.0, tflops: float = 762.0, apart: bool = False) -> Result:  # fmt: skip
+    """Checks every runner on fresh inputs, then times them in alternation. Raises MlaJitError on a wrong result.
+
+    Calls come one right after the other, so kernels that may overlap do; `apart`: a small kernel of torch's comes
+    between, and its time is subtracted.
+    """
     sets = make_sets(shape, capacity=capacity, seed=seed)
     calls: dict[str, Call] = {}  # kept until all is timed, with what the graphs use of theirs
     graphs, errors = {}, {}
@@ -220,8 +238,14 @@ def bench(shape: Shape, runners: Mapping[str, Runner], *, capacity: int = 131072
         with runner.scope():
             if (call := runner.prepare(sets)) is not None:
                 errors[name] = _checked(name, call, sets[0], shape)
-                calls[name], graphs[name] = call, graph_of(call, sets)
+                calls[name] = _apart(call, sets[0].q.device) if apart else call
+                graphs[name] = graph_of(calls[name], sets)
+    if apart:
+        calls[_BETWEEN] = _apart(lambda s: s.q, sets[0].q.device)
+        graphs[_BETWEEN] = graph_of(calls[_BETWEEN], sets)
     times = time_alternating(graphs, len(sets), rounds=rounds)
+    between = statistics.median(times.pop(_BETWEEN)) if apart else 0.0
+    times = {name: [us - between for us in found] for name, found in times.items()}
     mine = times.get("mla_jit", [0.0])
     return Result(
         shape, {n: statistics.median(t) for n, t in times.items()}, max(mine) - min(mine), errors.get("mla_jit", 0.0),

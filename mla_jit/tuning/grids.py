@@ -125,12 +125,15 @@ def peers_grid(q_len: int = 1, on: str | None = None) -> list[tuple[Shape, dict[
 
 def rows(
     decode: Decode, grid: Iterable[tuple[Shape, Mapping[str, float]]], against: Sequence[str] = (), *, runs: int = 3,
-    rounds: int = 5, hinted: bool = False,
+    rounds: int = 5, hinted: bool = False, apart: bool = False,
 ) -> Iterator[Row]:  # fmt: skip
-    """Our decode on shapes with peers' recorded times, `runs` times each on fresh inputs, peers alternated."""
+    """Our decode on shapes with peers' recorded times, `runs` times each on fresh inputs, peers alternated.
+
+    apart: with another kernel between calls, as bench.bench has it.
+    """
     runners = {"mla_jit": bench.ours(decode, hinted=hinted), **{name: peers.by_name(name) for name in against}}
     for shape, recorded in grid:
-        found = _timed(shape, runners, runs, rounds)
+        found = _timed(shape, runners, runs, rounds, apart)
         mine = found.times["mla_jit"]
         yield Row(
             str(shape), statistics.median(mine), min(mine), max(mine), found.spread_us, found.medians(against),
@@ -151,8 +154,8 @@ class _Timed:
         return {name: statistics.median(us) if (us := self.times[name]) else None for name in names}
 
 
-def _timed(shape: Shape, runners: Mapping[str, Runner], runs: int, rounds: int) -> _Timed:
-    results = [bench.bench(shape, runners, rounds=rounds, seed=seed) for seed in range(runs)]
+def _timed(shape: Shape, runners: Mapping[str, Runner], runs: int, rounds: int, apart: bool = False) -> _Timed:
+    results = [bench.bench(shape, runners, rounds=rounds, seed=seed, apart=apart) for seed in range(runs)]
     times = {name: [r.times_us[name] for r in results if name in r.times_us] for name in runners}
     return _Timed(times, max(r.spread_us for r in results), max(r.error for r in results), results[0].roof_us)
 

@@ -25,10 +25,15 @@ WALK = "walk"  # decode_splitk_asm with programs that walk a batch of uneven len
 VARIANTS[WALK] = VARIANTS["decode_splitk_asm"]
 AHEAD = "decode_splitk_asm, combine_ahead"  # for many pieces
 VARIANTS[AHEAD] = VARIANTS["decode_splitk_asm"]
+SHARED = {f"{name}, multicast": name for name in ("decode_splitk_asm", WALK, "decode_persistent_asm")}
+VARIANTS |= {name: VARIANTS[like] for name, like in SHARED.items()}
 CHANGES: dict[str, dict[str, Any]] = {
     WALK: {"walk": True, "together": False, "block_n": 64},
     AHEAD: {"combine_ahead": 32, "combine_h": 4, "combine_d": 512, "walk": False, "together": False, "min_tiles": 1},
 }
+CHANGES["decode_splitk_asm, multicast"] = {"multicast": True, "walk": False, "together": False, "block_n": 64}
+CHANGES[f"{WALK}, multicast"] = CHANGES[WALK] | {"multicast": True}
+CHANGES["decode_persistent_asm, multicast"] = {"multicast": True}
 BF16 = cases.PLAIN
 MIXED = "decode_mixed_asm"
 MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R": 32})
@@ -60,7 +65,11 @@ def accepted(name: str) -> list[cases.Case]:
         rows = case.heads // case.kv_heads * max(case.q_tokens, default=1)
         config = variant.default(DecodeProblem(num_heads=max(1, rows)), hopper)
         problem = DecodeProblem(num_heads=max(1, rows), kv_lora_rank=case.C, rope_dim=case.R, batch=len(case.lens))
-        if name == WALK and (len(case.lens) == 1 or case.num_kv_splits or case.batch_invariant):
+        if name in SHARED and (
+            case.page % 64 or -(-rows // 64) % 2 or (case.q_lens and case.heads // case.kv_heads % 128)
+        ):
+            continue  # nothing to share
+        if SHARED.get(name, name) == WALK and (len(case.lens) == 1 or case.num_kv_splits or case.batch_invariant):
             continue  # nothing to walk
         if name == AHEAD and max(case.lens, default=0) < 1000:
             continue  # few pieces
@@ -87,7 +96,8 @@ def install(problem: DecodeProblem, name: str, **changes: Any) -> Config | None:
 
 
 def configured(problem: DecodeProblem, here: Target, name: str) -> Config:
-    return VARIANTS[name].default(problem, here).replace(**CHANGES.get(name, {}))
+    default = VARIANTS[name].default(problem, here)
+    return default.replace(**{tunable: value for tunable, value in CHANGES.get(name, {}).items() if tunable in default})
 
 
 @pytest.fixture(autouse=True)
@@ -141,7 +151,7 @@ def test_case(which: tuple[str, cases.Case], built: dict[tuple[str, cases.Case],
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("page", [64, 1])
 def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
-    heads = 64 if name == MIXED else 16
+    heads = 64 if name == MIXED else 128 if name in SHARED else 16
     long = cases.Case(heads=heads, lens=(5000, 3000, 700, 64), **{**BF16, "page": page})
     call = cases.build(long, DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
@@ -190,7 +200,12 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, v in VARIANTS.items() if True in v.space.get("together", ()) and name != WALK]
+    "name",
+    [
+        name
+        for name, v in VARIANTS.items()
+        if True in v.space.get("together", ()) and not CHANGES.get(name, {}).get("walk")
+    ],
 )
 @pytest.mark.parametrize("case", TOGETHER, ids=lambda case: case.id)
 def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
@@ -213,7 +228,9 @@ def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bounded_waits_end_well(name: str) -> None:
     """The debug build gives the same bits, and no wait of it is in vain."""
-    call = cases.build(cases.Case(heads=64 if name == MIXED else 16, lens=(5000, 64, 1), **BF16), DEVICE)
+    call = cases.build(
+        cases.Case(heads=64 if name == MIXED else 128 if name in SHARED else 16, lens=(5000, 64, 1), **BF16), DEVICE
+    )
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
     assert install(problem, name) is not None
     plain, _ = decode(call)
@@ -222,3 +239,47 @@ def test_bounded_waits_end_well(name: str) -> None:
         bounded, lse = decode(call)
     cases.check(call, bounded, lse)
     assert torch.equal(plain, bounded)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_call_reads_what_came_right_before_it(name: str, captured: bool) -> None:
+    """A launch may begin before what comes before it has ended. Each call's q is the result of the one before; a kernel
+    of torch's writes the cache and the lengths between some of them. The same bits as with everybody waited for."""
+    steps, heads = 24, 64 if name == MIXED else 128 if name in SHARED else 16
+    generator = torch.Generator(DEVICE).manual_seed(5)
+    cache = torch.randn(64, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    fresh = torch.randn(steps, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    table = torch.randperm(64, generator=generator, device=DEVICE).to(torch.int32).reshape(2, 32)
+    start = torch.tensor([700, 1500], dtype=torch.int32, device=DEVICE)
+    first = torch.randn(2, heads, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    results = []
+    for waits in (True, False):
+        kv, lens, q = cache.clone(), start.clone(), first.repeat(steps + 1, 1, 1, 1)
+        keywords: dict[str, Any] = {"kv_lora_rank": 512, "sm_scale": 0.2, "block_table": table, "seq_lens": lens}
+
+        def run(kv: torch.Tensor = kv, lens: torch.Tensor = lens, q: torch.Tensor = q, waits: bool = waits,
+                keywords: dict[str, Any] = keywords) -> None:  # fmt: skip
+            for i in range(steps):
+                if i % 3:
+                    kv[i].copy_(fresh[i])
+                    lens.add_(17)
+                if waits:
+                    torch.cuda.synchronize()
+                mla_jit.decode(q[i], kv, out=q[i + 1, :, :, :512], **keywords)
+
+        problem = decode_inputs(q[0], kv, **keywords, out=q[1, :, :, :512]).problem
+        assert install(problem, name) is not None
+        mla_jit.decode(q[0], kv, out=torch.empty_like(q[1])[:, :, :512], **keywords)  # compiles and loads
+        if captured and not waits:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run()
+            kv.copy_(cache)
+            lens.copy_(start)
+            graph.replay()
+        else:
+            run()
+        torch.cuda.synchronize()
+        results.append(q[1:, :, :, :512].clone())
+    assert torch.equal(results[0].view(torch.int16), results[1].view(torch.int16))

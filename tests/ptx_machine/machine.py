@@ -483,8 +483,8 @@ def run(
 
     CTAs `cluster` i to `cluster` i + `cluster` - 1 are a cluster and run concurrently. `concurrent` clusters are
     interleaved; `checks=False` leaves out the shadows of shared and global memory; `max_steps` bounds the bursts of
-    instructions before the run counts as hung. `dependent`: buffers that no thread may touch before griddepcontrol.wait;
-    None: all, as where anything may come before in the stream.
+    instructions before the run counts as hung. `dependent`: buffers that no thread may touch before
+    griddepcontrol.wait; None: all, as where anything may come before in the stream.
     """
     module = program.module
     count = threads or module.reqntid or module.maxntid

@@ -385,8 +385,8 @@ class SharedMemory:
         mbarrier = self.mbarrier(None, address)
         if mbarrier.announced >= phase:
             raise ProtocolError(
-                f"mbarrier {self.name(address)} of rank {self.rank} of the cluster is used by another CTA, but after its "
-                "init no fence.mbarrier_init.release.cluster and barrier.cluster came"
+                f"mbarrier {self.name(address)} of rank {self.rank} of the cluster is used by another CTA, but after "
+                "its init no fence.mbarrier_init.release.cluster and barrier.cluster came"
             )
         return mbarrier
 

@@ -62,6 +62,7 @@ FACTORS: dict[str, list[Any]] = {
     "pdl": [True, False],
     "bounded": [False, True],
     "walk": [False, True],
+    "multicast": [False, True],
     "short_m": [16, 24, 32],
     "combine": [(1, 512), (1, 64), (1, 128), (1, 256), (4, 512), (8, 64), (2, 256)],  # heads, columns
     "combine_ahead": [8, 16, 32],
@@ -107,7 +108,7 @@ def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
                 **{
                     k: v
                     for k, v in (row | tile).items()
-                    if k in ("lazy", "policy", "pdl", "short_m", "combine_ahead", *tile) and k in config
+                    if k in ("lazy", "policy", "pdl", "multicast", "short_m", "combine_ahead", *tile) and k in config
                 }
             )
             if variant is WIDE:

@@ -48,7 +48,7 @@ def no_gpu(monkeypatch):
 @pytest.fixture
 def timer(monkeypatch):
     """A GPU that times as it is told: `us(name, shape, seed)`. `asked` lists calls: runner, shape, decode's hint."""
-    made = SimpleNamespace(asked=[], planned=0, us=lambda name, shape, seed: 100.0)
+    made = SimpleNamespace(asked=[], planned=0, apart=set(), us=lambda name, shape, seed: 100.0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
 
@@ -64,7 +64,8 @@ def timer(monkeypatch):
         made.asked[-1] += (max_kv_len,) if scheduler is None else (max_kv_len, scheduler)
         return q
 
-    def fake(shape, runners, *, rounds, seed):
+    def fake(shape, runners, *, rounds, seed, apart):
+        made.apart.add(apart)
         empty = torch.empty(0)
         q, lens = torch.empty(shape.batch, 1, 1, 1), torch.tensor(shape.lens, dtype=torch.int32)
         one = bench.Set(q, empty, empty, lens, 0.1, max(shape.lens))
@@ -503,6 +504,20 @@ def test_a_runner_is_checked_and_captured_in_its_scope(on_cpu):
     assert 0 < found.error < 1e-5
 
 
+def test_calls_apart_have_another_kernel_between(on_cpu, monkeypatch):
+    """Its own time is subtracted: of graphs with a call and of one without."""
+    kernels = []
+    monkeypatch.setattr(torch.Tensor, "add_", lambda x, y, true=torch.Tensor.add_: (kernels.append(y), true(x, y))[1])
+    monkeypatch.setattr(
+        bench, "time_alternating",
+        lambda graphs, n, *, rounds: {name: [5.0, 6.0, 9.0] if name.strip() else [1.0, 2.0, 4.0] for name in graphs},
+    )  # fmt: skip
+    shape = bench.Shape(4, (100, 7), page_size=16, dtype="fp32")
+    found = bench.bench(shape, {"mla_jit": bench.ours(mla_jit.decode)}, apart=True)
+    assert len(kernels) == sum(map(len, on_cpu)) == 2 * len(on_cpu[0])
+    assert (found.times_us, found.spread_us) == ({"mla_jit": 4.0}, 4.0)
+
+
 @pytest.mark.parametrize("wrong", ["nan", "scaled"])
 def test_a_wrong_result_is_not_timed(on_cpu, wrong):
     def call(s):
@@ -689,7 +704,7 @@ def test_without_a_gpu_there_is_one_error(grid, monkeypatch):
         (["--grid", "all"], "first-call"), (["--runs", "0"], "x>=1"),
         (["--against", "cutlass"], "there is flash_mla, flashinfer, sdpa"),
         (["--grid", "capture", "--against", "flash_mla"], "not for capture"),
-        (["--grid", "host", "--capacity-hint"], "not for host"),
+        (["--grid", "host", "--capacity-hint"], "not for host"), (["--grid", "ragged", "--apart"], "not for ragged"),
         (["--grid", "quality", "--runs", "3"], "--runs is not for quality"),
         (["--shape", "16x4"], "'16x4' is no shape; write HEADSxBATCHxKV"), (["--shape", "16x0x4096"], "no shape"),
         (["--shape", "16x4x1024", "--grid", "peers"], "either --shape or --grid peers"),

@@ -140,8 +140,8 @@ def test_the_list_and_the_sums_are_those_of_the_triton_row(heads: int) -> None:
 @pytest.mark.parametrize("q_dtype", ["bf16", "fp16", "fp8_e4m3"])
 def test_fp8_keys_and_values_are_made_wide_in_the_workspace(q_dtype: str, out_dtype: str) -> None:
     wide = "bf16" if q_dtype == "bf16" else "fp16"
-    few = dataclasses.replace(LONG, num_heads=16, num_kv_heads=8, q_dtype=q_dtype, kv_dtype="fp8_e4m3", out_dtype=out_dtype,
-                              misaligned=("k",), token_major=False)  # fmt: skip
+    few = dataclasses.replace(LONG, num_heads=16, num_kv_heads=8, q_dtype=q_dtype, kv_dtype="fp8_e4m3",
+                              out_dtype=out_dtype, misaligned=("k",), token_major=False)  # fmt: skip
     config = persistent_gluon.default(few, HOPPER)
     assert persistent_gluon.rejects(few, HOPPER, config) is None
     assert plan.analytic(few, HOPPER).variant is persistent_gluon.PREFILL_PERSISTENT_GLUON

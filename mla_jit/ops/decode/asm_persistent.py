@@ -39,7 +39,7 @@ def _like(p: DecodeProblem, target: Target, config: Config) -> Config:
 def default(p: DecodeProblem, target: Target) -> Config:
     """A sound config from shapes alone."""
     return Config.of(
-        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, policy="evict_first", multicast=False,
+        NAME, block_m=64, block_n=64, num_warps=8, lazy=True, policy="evict_first", multicast=asm_splitk._long(p),
         overhead=_OVERHEAD, waves=1,
     )  # fmt: skip
 
@@ -107,7 +107,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_PERSISTENT_ASM = Variant(
-    name=NAME, op="decode", backend="asm", revision=1, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="asm", revision=2, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip

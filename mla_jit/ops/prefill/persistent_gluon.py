@@ -192,6 +192,7 @@ def cost(p: PrefillProblem, target: Target, config: Config) -> Cost:
 SPACE: dict[str, tuple[int | str | bool, ...]] = {**gluon.SPACE, "min_tiles": (2, 4, 8)}
 
 PREFILL_PERSISTENT_GLUON = Variant(
-    name=NAME, op="prefill", backend="triton", rejects=rejects, default=default, sources=sources, launches=launches,
-    workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets, views=views, space=SPACE,
+    name=NAME, op="prefill", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
+    launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
+    views=views, space=SPACE,
 )  # fmt: skip
