@@ -11,13 +11,15 @@ bulk copies out of shared memory that are not waited for before their bytes are 
 registers and operands of wgmmas in flight, wgmma.fence, warps of a warpgroup in step; convergence of .aligned and
 .sync instructions; the register pool of setmaxnreg; races of CTAs through global memory, which only barrier.cluster
 orders (cluster.py), and through the shared memory of other CTAs of a cluster, read after they wrote it and before they
-write it again or exit; deadlock.
+write it again or exit; copies to several CTAs, and arrivals at mbarriers of others, of what is there and free; what is
+touched before griddepcontrol.wait; deadlock.
 
 Not checked: races through global memory within a CTA, and of atomics, strong accesses and copies; lanes of one warp
 among themselves (a warp is one agent: an arrival of one lane publishes what all its lanes did); a proxy fence between
-an ordinary read and a bulk copy over it; whatever a run does not execute. Not modelled, a PtxError: multicast, tensor
-copies and reductions out of shared memory, generic addresses, atomics on shared memory, f64 fma, functions, local
-memory. The shared memory of other CTAs of a cluster is read alone: whatever else is done there is a MemoryFault.
+an ordinary read and a bulk copy over it; whatever a run does not execute; scopes, a CTA's arrivals at another's mbarrier being taken for release at any. Not
+modelled, a PtxError: tensor copies and reductions out of shared memory, generic addresses, atomics on shared memory,
+f64 fma, functions, local memory. Of the shared memory of other CTAs of a cluster, ordinary reads alone; other ordinary
+accesses are a MemoryFault.
 """
 
 from .errors import (

@@ -1,14 +1,14 @@
 """Clusters: barrier.cluster (PTX ISA 9.7.13.4), mapa, and which accesses of CTAs to global memory are ordered.
 
-The CTAs of a cluster know of each other through barrier.cluster alone: an arrival publishes what its warp knows, if it
-is not .relaxed, and the wait of that phase joins it. In each warp's vector clock (shared.py) stand, from `peers` on,
-the agents of all CTAs of the cluster; what bar and mbarrier pass on within a CTA goes on with it. Only so do reads of
-another CTA's shared memory (ld.shared::cluster) come after its writes and before its end. Per unit of a writable
-buffer stand the last write and the last reads. Plain accesses to one unit by two CTAs, of which one writes, are a Race
-unless the later one knows of the earlier one; CTAs of two clusters never do. ld.global.nc may read nothing that the
-kernel writes. Strong accesses (.relaxed, .acquire, .release, .volatile) and atomics are not looked at, nor what copies
-read; what a copy writes is there for others when it has been waited for. Atomics and fences order nothing here, but in
-a kernel that has them CTAs of two clusters are not compared.
+The CTAs of a cluster know of each other through barrier.cluster and arrivals at each other's mbarriers (data.py): an
+arrival publishes what its warp knows, if it is not .relaxed, and the wait of that phase joins it. In each warp's vector
+clock (shared.py) stand, from `peers` on, the agents of all CTAs of the cluster; what bar and mbarrier pass on within a
+CTA goes on with it. Only so do reads of another CTA's shared memory (ld.shared::cluster) come after its writes and
+before its end. Per unit of a writable buffer stand the last write and the last reads. Plain accesses to one unit by two
+CTAs, of which one writes, are a Race unless the later one knows of the earlier one; CTAs of two clusters never do.
+ld.global.nc may read nothing that the kernel writes. Strong accesses (.relaxed, .acquire, .release, .volatile) and
+atomics are not looked at, nor what copies read; what a copy writes is there for others when it has been waited for.
+Atomics and fences order nothing here, but in a kernel that has them CTAs of two clusters are not compared.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Cluster:
 
     def passed(self, w: Any, mask: int) -> None:
         w.arrived_unwaited &= ~mask
+        w.cta.cluster_phases = self.phase
         shared = w.shared
         shared.acquire(w.index, self.released[w.cta.rank])
         if self.size > 1:

@@ -715,7 +715,7 @@ def _bulk(d: Decoder) -> Run:
                 cta = cluster.ctas[rank]
                 there = cluster.memory(w, rank + 1, lane)
                 if cta is not w.cta:
-                    mbarrier = there.far_mbarrier(barrier, cluster.phase)
+                    mbarrier = there.far_mbarrier(barrier, w.cta.cluster_phases)
                 if there.checks:
                     known, proxy = shared.clock[w.index], shared.proxy_clock[w.index]
                     known, proxy = shared.seen_from(there, known), shared.seen_from(there, proxy)
@@ -877,7 +877,7 @@ def _mbarrier(d: Decoder) -> Run:
                 if target >= 0 or expect:
                     raise d.error("of another CTA's mbarrier there is no state, and no expect_tx is modelled")
                 clock = own.seen_from(shared, clock)
-                mbarrier = shared.far_mbarrier(address, cluster.phase)
+                mbarrier = shared.far_mbarrier(address, w.cta.cluster_phases)
             else:
                 mbarrier = shared.mbarrier(w.index, address)
             if target >= 0:

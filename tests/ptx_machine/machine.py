@@ -255,6 +255,7 @@ class Cta:
         gx, gy, _ = self.machine.grid
         self.number = index[0] + gx * (index[1] + gy * index[2])
         self.shared.reset()
+        self.cluster_phases = 0  # of barrier.cluster, whose end one of its warps has waited for
         self.pending = []
         self.wgmma_log: dict[int, list[tuple[Any, ...]]] = {}
         self.registers = [self.machine.register_budget] * len(self.warps)

@@ -381,7 +381,7 @@ class SharedMemory:
         return known
 
     def far_mbarrier(self, address: int, phase: int) -> Mbarrier:
-        """Of this CTA, used by another of the cluster, which has seen so many phases of barrier.cluster end."""
+        """Of this CTA, used by another of the cluster, which has waited for so many phases of barrier.cluster."""
         mbarrier = self.mbarrier(None, address)
         if mbarrier.announced >= phase:
             raise ProtocolError(

@@ -17,6 +17,7 @@ from helpers import interpreted
 
 TOGETHER = ("together=true", "num_kv_splits=2", "min_tiles=1")
 WALK = ("walk=true", "together=false")
+SHARED = ("multicast=true", "together=false")
 RUNS = {
     "wide": ("--part=0/12",),
     "wide, gathered": ("--part=1/12", "--page=0"),
@@ -42,6 +43,18 @@ RUNS = {
     "narrow, together": ("--variant=decode_narrow_asm", "--splits=2", "--part=1/12", *TOGETHER),
     "wide, real dims": ("--cases=large", "--part=1/3"),
     "wide, real dims, tiles of 32": ("--cases=large", "--part=2/5", "block_n=32"),
+    "wide, shared tiles": ("--part=1/12", "--heads=128", *SHARED),
+    "wide, shared tiles of 32, another order": ("--part=2/24", "--heads=128", "--seed=3", "block_n=32", *SHARED),
+    "walk, shared tiles": ("--part=7/24", "--heads=128", "--sms=5", "walk=true", *SHARED),
+    "persistent, shared tiles": (
+        "--variant=decode_persistent_asm",
+        "--part=4/24",
+        "--heads=128",
+        "--sms=5",
+        "--seed=2",
+        "overhead=1",
+        "multicast=true",
+    ),
     "walk": ("--part=1/9", "--sms=5", *WALK),
     "walk, gathered, another order": ("--part=5/24", "--sms=7", "--page=0", "--seed=4", *WALK),
     "walk, real dims": ("--cases=large", "--part=0/3", "--sms=7", *WALK),
@@ -93,6 +106,8 @@ def test_every_case_is_right(run: str, request: pytest.FixtureRequest) -> None:
     assert all(line["rel_l2"] <= 8e-3 and line["lse_error"] <= 1e-3 for line in ran)
     if "--splits=2" in RUNS[run]:  # else sequences of a ragged batch are not cut alike, and not put together
         assert sum(line["far_reads"] > 0 for line in ran) >= len(ran) / 2
+    if "multicast=true" in RUNS[run]:  # but for cases with several KV heads or no tokens
+        assert sum(line["multicasts"] > 0 for line in ran) >= len(ran) / 2
 
 
 @pytest.mark.parametrize("variant", asm_mistakes.MISTAKES)

@@ -684,6 +684,109 @@ def test_what_a_cta_knows_of_its_copies_others_learn() -> None:
             run_small(NEIGHBOURS + INIT + copy + end, 64, CLUSTER_REGS, grid=6, cluster=3, seed=seed)
 
 
+# ---------------------------------------------------------------------- multicast, and mbarriers of other CTAs
+# Of two CTAs the first copies 128 bytes of each half of the output's second KiB, in turn, to both; lanes read them.
+TWO = (
+    NEIGHBOURS
+    + """
+    setp.ne.u32 p0, r0, 0; @p0 bra INIT;
+    mbarrier.init.shared::cta.b64 [smem], 1; mbarrier.init.shared::cta.b64 [smem+8], 2;
+    fence.mbarrier_init.release.cluster;
+INIT: barrier.cluster.arrive.relaxed; barrier.cluster.wait.acquire;
+    mapa.shared::cluster.u32 r12, smem, r5; mov.u16 both, 3; setp.eq.u32 p1, r0, 0; setp.eq.and.u32 p2, r1, 0, p1;
+    ld.param.u64 rd3, [p_out]; shl.b32 r11, lane, 2; mov.u32 r13, smem; add.u32 r11, r11, r13;
+"""
+)
+EXPECT = "@p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [smem], 128;"
+SHARE = """@p2 cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster
+    [smem+1024], [rd3+{at}], 128, [smem], both;"""
+READ = "ld.shared.b32 r8, [r11+1024]; st.global.b32 [put+{at}], r8;"
+TELL = "mbarrier.arrive.shared::cluster.b64 _, [r12+8];"
+GIVE = f"bar.warp.sync -1; @p1 mbarrier.arrive.shared::cta.b64 _, [smem+8]; @p1 {TELL}"
+
+
+def wait(barrier: str, parity: int) -> str:
+    return (
+        f"{{ .reg .pred done; W: mbarrier.try_wait.parity.shared::cta.b64 done, [{barrier}], {parity}; @!done bra W; }}"
+    )
+
+
+FIRST = f"{EXPECT} {SHARE.format(at=1024)} {wait('smem', 0)} {READ.format(at=0)}"
+SECOND = f"{EXPECT} {SHARE.format(at=1152)} {wait('smem', 1)} {READ.format(at=2048)}"
+FREE, LEFT = wait("smem+8", 0), f"{GIVE} {wait('smem+8', 1)}"
+
+
+def run_two(body: str, tmp_path: Path | None = None, **options: Any) -> np.ndarray:
+    out = np.arange(1024, dtype=np.uint32)
+    text = small(TWO + body, 32, CLUSTER_REGS + " .reg .b16 both;")
+    if tmp_path is not None:
+        assemble(text, tmp_path / "two.ptx")
+    launch(text, {"out": out}, [out.ctypes.data], grid=2, smem=8192, cluster=2, **options)
+    return out.reshape(32, 32)
+
+
+def test_a_copy_to_the_ctas_of_a_cluster(tmp_path: Path) -> None:
+    """A buffer is filled anew once both have said, each at the other's mbarrier too, that they have read it."""
+    for seed in range(6):
+        out = run_two(f"{FIRST} {GIVE} {FREE} {SECOND} {LEFT}", tmp_path if not seed else None, seed=seed)
+        np.testing.assert_array_equal(out[:2], np.tile(256 + LANE, (2, 1)))
+        np.testing.assert_array_equal(out[16:18], np.tile(288 + LANE, (2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "body"),
+    [
+        (pm.Race, "asynchronous copy", f"{FIRST} {GIVE} {SECOND} {LEFT}"),
+        (pm.Deadlock, "phase 2, arrivals outstanding 2 of 2", f"{FIRST} {GIVE} {GIVE} {FREE}"),
+        (pm.Deadlock, "arrivals outstanding 1 of 2", FIRST + GIVE.replace(f"@p1 {TELL}", f"@p2 {TELL}") + FREE),
+        (
+            (pm.Race, pm.Uninitialised), "while an asynchronous copy writes it|nothing has written",
+            FIRST.replace(wait("smem", 0), ""),
+        ),
+        (pm.MachineError, "128 bytes more|asynchronous copy", FIRST.replace("@p2 cp", "@p1 cp")),
+        (pm.MemoryFault, "0b101 of a cluster of 2", f"mov.u16 both, 5; {FIRST}"),
+        (
+            pm.MemoryFault, "has exited",
+            f"""{FIRST} setp.eq.u32 p3, r1, 1; @p3 ret; mov.u32 r14, 0; L: add.u32 r14, r14, 1;
+            setp.lt.u32 p3, r14, 2000; @p3 bra L; {GIVE} {FREE}""",
+        ),
+    ],
+)  # fmt: skip
+def test_mistakes_with_what_ctas_share(error: Any, message: str, body: str) -> None:
+    with pytest.raises(error, match=message):
+        assert [run_two(body, seed=seed) for seed in range(6)]
+
+
+@pytest.mark.parametrize("without", ["fence.mbarrier_init.release.cluster;", "barrier.cluster.wait.acquire;"])
+def test_mbarriers_of_others_are_announced(without: str) -> None:
+    text = small((TWO + FIRST).replace(without, "", 1), 32, CLUSTER_REGS + " .reg .b16 both;")
+    out = np.arange(1024, dtype=np.uint32)
+    with pytest.raises(pm.ProtocolError, match=r"fence\.mbarrier_init"):
+        launch(text, {"out": out}, [out.ctypes.data], grid=2, smem=8192, cluster=2)
+
+
+# ---------------------------------------------------------------------- grids that overlap
+
+
+@pytest.mark.parametrize(
+    ("body", "all_shut", "noticed"),
+    [
+        ("griddepcontrol.wait; st.global.b32 [out], r0;", True, ""),
+        ("st.global.b32 [out], r0; griddepcontrol.wait;", True, "out is used before griddepcontrol.wait"),
+        ("griddepcontrol.launch_dependents; ld.global.b32 r1, [out];", True, "before griddepcontrol.wait"),
+        ("ld.global.b32 r1, [out];", False, "out is used before griddepcontrol.wait"),
+        ("setp.eq.u32 p0, r0, 0; @p0 griddepcontrol.wait; bar.sync 0; ld.global.b32 r1, [out];", True, "before"),
+    ],
+)
+def test_what_comes_before_in_the_stream_is_waited_for(body: str, all_shut: bool, noticed: str) -> None:
+    dependent = None if all_shut else frozenset({"out"})
+    if not noticed:
+        np.testing.assert_array_equal(run_small(body, dependent=dependent)[:32], LANE)
+        return
+    with pytest.raises(pm.MemoryFault, match=noticed):
+        run_small(body, dependent=dependent)
+
+
 # ---------------------------------------------------------------------- bulk copies out of shared memory
 # A lane has 16 bytes at r10; rd2 is the output, rd3 the lane's 16 bytes of it.
 LEAVE = """
