@@ -16,10 +16,10 @@ touched before griddepcontrol.wait; deadlock.
 
 Not checked: races through global memory within a CTA, and of atomics, strong accesses and copies; lanes of one warp
 among themselves (a warp is one agent: an arrival of one lane publishes what all its lanes did); a proxy fence between
-an ordinary read and a bulk copy over it; whatever a run does not execute; scopes, a CTA's arrivals at another's mbarrier being taken for release at any. Not
-modelled, a PtxError: tensor copies and reductions out of shared memory, generic addresses, atomics on shared memory,
-f64 fma, functions, local memory. Of the shared memory of other CTAs of a cluster, ordinary reads alone; other ordinary
-accesses are a MemoryFault.
+an ordinary read and a bulk copy over it; whatever a run does not execute; scopes, a CTA's arrivals at another's
+mbarrier being taken for release at any. Not modelled, a PtxError: tensor copies and reductions out of shared memory,
+generic addresses, atomics on shared memory, f64 fma, functions, local memory. Of the shared memory of other CTAs of a
+cluster, ordinary reads alone; other ordinary accesses are a MemoryFault.
 """
 
 from .errors import (

@@ -144,11 +144,35 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
     assert {name for name, *_ in outcomes} == set(FILES)
     for name, artifact, constants in outcomes:
         head = render.header("sm_90a", FILES[name])
-        assert artifact.spill_bytes == 0, constants
+        stack = head.registers.get("stack", 0) if constants.get("GATHER") and constants.get("WALK", True) else 0
+        assert artifact.spill_bytes <= stack <= 16, constants
         assert artifact.registers <= head.registers["start"], constants
         assert artifact.registers * artifact.threads <= HOPPER.registers_sm, constants
         assert artifact.smem_bytes == constants["ARENA"] <= HOPPER.smem_bytes
         assert bool(artifact.extra["barriers"]) == constants.get("DEBUG", False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope", "page", "fields"),
+    [
+        (64, 384, 64, 16, {"q_len": 2, "paging": "csr", "has_lens": False, "out_dtype": "fp32"}),
+        (40, 256, 32, 7, {"q_len": 2, "soft_cap": True}),
+        (64, 384, 64, 256, {"ragged": True, "paging": "csr", "has_lens": False, "out_dtype": "fp32", "batch": 300}),
+        (12, 256, 32, 256, {"q_len": 2, "paging": "csr", "has_lens": False}),
+        (128, 512, 64, 1, {}),
+        (64, 512, 64, 256, {"q_len": 2, "paging": "csr", "has_lens": False, "soft_cap": True}),
+    ],
+)
+def test_who_walks_and_gathers_has_registers_enough(
+    heads: int, rank: int, rope: int, page: int, fields: dict[str, Any]
+) -> None:
+    """Pages, strides and a walk meet in the 72 registers of those that gather, results and addresses in the 216 of the
+    consumers beside them: a few bytes of stack, not a refusal. The first four once took 32."""
+    given = {"batch": 40, "flat_pages": False, "max_kv_len": 8192, "lse": True} | fields
+    problem = DecodeProblem(num_heads=heads, kv_lora_rank=rank, rope_dim=rope, page_size=page, **given)
+    assert ptx.compile_source(source_of(WIDE, problem, walk=True, together=False)).spill_bytes <= 16
+    listed = dataclasses.replace(problem, scheduler="persistent")
+    assert ptx.compile_source(source_of(PERSISTENT, listed)).spill_bytes <= 16
 
 
 @pytest.mark.parametrize("variant", [WIDE, PERSISTENT, PAIR, MIXED], ids=lambda v: v.name)

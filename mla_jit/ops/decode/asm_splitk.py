@@ -336,8 +336,10 @@ def _source(
     target: Target, name: str, file: str, constants: dict[str, Scalar], arguments: list[tuple[str, str, Arg]],
     require: tuple[str, ...] = (),
 ) -> Source:  # fmt: skip
-    """A kernel of a template; its header says how many registers and threads it may have."""
+    """A kernel of a template; its header says how many registers and threads it may have, and what stack if it
+    gathers."""
     head = render.header(target.isa, file)
+    stack = head.registers.get("stack", 0) if constants.get("GATHER") else 0
     return Source(
         name=name,
         toolchain="ptx",
@@ -348,7 +350,11 @@ def _source(
         signature=tuple((parameter, kind) for parameter, kind, _ in arguments),
         locator=f"{target.isa}/{file}",
         limits=Limits(
-            smem_bytes=target.smem_bytes, registers=head.registers["start"], threads=head.threads, require=require
+            smem_bytes=target.smem_bytes,
+            registers=head.registers["start"],
+            threads=head.threads,
+            require=require,
+            spill_bytes=stack,
         ),
     )
 
