@@ -188,7 +188,7 @@ def _leaders(ranked: Sequence[Config]) -> list[Config]:
     found: dict[Any, Config] = {}
     for config in ranked:
         found.setdefault(_group(config), config)
-    room = round(_count(len(ranked)) * _BATCHES[0]) // 2
+    room = round((_count(len(ranked)) - 1) * _BATCHES[0]) // 2  # of the family that has the default it is one of them
     return list(found.values())[: max(1, min(room, _most_kernels(len({_kernel(c) for c in ranked})) - 1))]
 
 

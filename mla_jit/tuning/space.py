@@ -122,8 +122,11 @@ class _Identity:
         self.cut: dict[Any, Any] = {}  # by all of a config but its combine: the first kernel, the splits, pieces
 
     def of(self, config: Config) -> tuple[Any, ...]:
-        if self.variant.host is not None or "num_kv_splits" not in config:  # no slots to cut a sequence into
+        if self.variant.host is not None:
             return (config,)
+        if "num_kv_splits" not in config:  # no slots to cut a sequence into
+            kernel = self._kernels(tuple([item for item in config.items_ if item[0] not in _NOT_COMPILED]))[0]
+            return (kernel, tuple([item for item in config.items_ if item[0] in _NOT_COMPILED]))
         but_combine = tuple([item for item in config.items_ if item[0] not in _COMBINE])
         if (found := self.cut.get(but_combine)) is None:
             # one, two and more may be of different kernels

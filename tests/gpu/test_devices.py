@@ -47,7 +47,7 @@ def test_a_graph_of_the_second_device(current: int) -> None:
     mla_jit.decode(call.q, call.kv_cache, **call.kwargs)
     torch.cuda.synchronize(1)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(1), torch.cuda.graph(graph):
+    with torch.cuda.device(1), torch.cuda.graph(graph, stream=torch.cuda.Stream(1)):  # the default one is of one device
         mla_jit.decode(call.q, call.kv_cache, **call.kwargs)
     call.poison()
     torch.cuda.synchronize(1)

@@ -5,7 +5,7 @@ made 16 bits wide first, in the workspace (triton_widen.py), q as it is loaded. 
 
 Widening by warps of the kernel itself was 14 % faster for prompts of 1024 tokens and 13 to 24 % slower for long ones
 (H200, 2026-11-29): these warps take longer for a tile than its products do. If widening to bf16 cost nothing, fp8 would
-be 1.01 to 1.07 times as fast as bf16.
+be 1.01 to 1.07 times as fast as bf16. fp8 q, K and V are made fp16, which is 1.6 % faster than bf16 in the mean.
 """
 
 from __future__ import annotations
