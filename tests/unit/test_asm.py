@@ -341,6 +341,58 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "shares"),
+    [
+        ({"num_heads": 128}, True),
+        ({"num_heads": 100}, True),
+        ({"num_heads": 64}, False),
+        ({"num_heads": 160}, False),  # three blocks
+        ({"num_heads": 64, "q_len": 2}, True),
+        ({"num_heads": 64, "q_len": 2, "ragged": True}, False),  # a sequence with one token has one block
+        ({"num_heads": 128, "q_len": 3, "ragged": True}, True),
+        ({"num_heads": 256, "num_kv_heads": 2}, True),
+        ({"num_heads": 128, "page_size": 16}, False),
+        ({"num_heads": 128, "q_len": 0}, False),
+        ({"num_heads": 128, "num_kv_splits": 2}, False),  # put together by clusters
+    ],
+)
+def test_who_shares_tiles(fields: dict[str, Any], shares: bool) -> None:
+    """Clusters of two divide the grid, and no kernel knows of clusters that is not launched so."""
+    problem = DecodeProblem(**{"batch": 3, "page_size": 64, **fields})
+    config = WIDE.default(problem, HOPPER).replace(multicast=True, together="num_kv_splits" in fields, block_n=64)
+    assert WIDE.rejects(problem, HOPPER, config) is None
+    first, *_ = WIDE.launches(problem, HOPPER, config)
+    constants = dict(WIDE.sources(problem, HOPPER, config)[0].constants)
+    assert constants["MULTICAST"] == shares
+    assert (first.cluster == 2) == (shares or bool(constants["SPLITS"]))
+    assert first.grid[0] % first.cluster == 0
+    listed = dataclasses.replace(problem, scheduler="persistent", num_kv_splits=None)
+    if not problem.q_len:
+        return
+    config = PERSISTENT.default(listed, HOPPER).replace(multicast=True)
+    walk = next(launch for launch in PERSISTENT.launches(listed, HOPPER, config) if launch.kernel == 0)
+    assert (walk.cluster == 2) == (shares or "num_kv_splits" in fields)
+    assert walk.grid[0] % walk.cluster == 0
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_kernel_that_may_start_early_waits(overlaps: bool) -> None:
+    """Each launch that may begin before others have ended has a text that waits for them, and no other does."""
+    problem = DecodeProblem(num_heads=128, batch=4, max_kv_len=65536)
+    for variant in (WIDE, NARROW, PAIR, MIXED):
+        config = variant.default(problem, HOPPER).replace(pdl=overlaps)
+        sources = variant.sources(problem, HOPPER, config)
+        for launch in variant.launches(problem, HOPPER, config):
+            assert launch.pdl == overlaps
+            assert ("griddepcontrol.wait" in render.render(sources[launch.kernel]).text) == overlaps
+    listed = dataclasses.replace(problem, scheduler="persistent")
+    config = PERSISTENT.default(listed, HOPPER)
+    schedule, walk = PERSISTENT.launches(listed, HOPPER, config)
+    assert (schedule.pdl, walk.pdl) == (False, True)
+    assert "griddepcontrol.wait" in render.render(PERSISTENT.sources(listed, HOPPER, config)[0]).text
+
+
+@pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"q_dtype": "fp16"}, "must both be"),

@@ -396,7 +396,7 @@ def _together(p: DecodeProblem, config: Config) -> bool:
 def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
     """Whether the tunable `multicast` has an effect: programs of two blocks of rows are a cluster, and each copies half
     of each tile to both. In each sequence both have rows, or neither; not with bounded waits, as for `together`."""
-    pairs = -(-p.rows // _BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * _BOX) == 0)
+    pairs = -(-max(p.rows, 1) // _BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * _BOX) == 0)
     free = not _gathers(p, config) and not settings.current().bounded_waits
     return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
 
