@@ -30,6 +30,7 @@ TOGETHER: dict[str, tuple[str, str, str]] = {
 _WAIT, _NEXT = "    griddepcontrol.wait;\n", "    griddepcontrol.launch_dependents;\n"
 OVERLAP: dict[str, tuple[str, str, str]] = {
     "begun before others have ended": ("macros.ptx", _WAIT + _NEXT, _NEXT),
+    "others begun before it has waited": ("macros.ptx", _WAIT + _NEXT, _NEXT + _WAIT),
 }
 MULTICAST: dict[str, tuple[str, str, str]] = {
     "multicast: the other's arrivals not counted": ("wide.ptx", "8 if MULTICAST else 4", "4"),
@@ -56,6 +57,11 @@ MULTICAST_LOOP = {
     name.replace(":", ", persistent:"): mistake for name, mistake in MULTICAST.items() if "odd tile" not in name
 }
 COMBINE: dict[str, tuple[str, str, str]] = {
+    "combine: ended before stage 1": (
+        "combine.ptx",
+        "    @p bra AHEAD;\n    griddepcontrol.wait;\n",
+        "    @p bra AHEAD;\n",
+    ),
     "combine: before there are partials": (
         "combine.ptx",
         "{% if PDL %}\n    griddepcontrol.wait;\n{% endif %}\n\n{% macro request",
@@ -195,7 +201,10 @@ NARROW: dict[str, tuple[str, str, str]] = {
 }
 _EARLIER = "        {{ m.mbar_wait('t2', 't1') }}\n"
 _FULL = "{% endif %}\n        add.u32 bar, bar, {{ BARRIERS }};"
-ORDERS = {"a box of the round before": ((700,), 4)}  # by mistake: one sequence this long, in a seed's order, shows it
+ORDERS = {  # by mistake: one sequence this long, in a seed's order, shows it
+    "a box of the round before": ((700,), 4),
+    "combine: ended before stage 1": ((1,), 0),
+}
 PAIR: dict[str, tuple[str, str, str]] = {
     "a box of the round before": ("narrow.ptx", _EARLIER + _FULL, _FULL),
     "O not yet exchanged": ("narrow.ptx", "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}", "{% if PAIR %}"),

@@ -68,12 +68,12 @@ def planted(variant: str, name: str) -> Iterator[None]:
 
 def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
     """The case with pages of at least so many tokens that hold whole tiles, so many splits if it may have any, and at
-    least so many heads (of one KV head).
+    least so many heads, if they belong to one KV head or `heads` are whole pairs of blocks.
 
     With 0 of any as it is.
     """
-    if case.kv_heads == 1 and case.heads < heads:
-        case = dataclasses.replace(case, heads=heads)
+    if case.kv_heads == 1 or heads % 128 == 0:
+        case = dataclasses.replace(case, heads=max(case.heads, heads * case.kv_heads))
     if splits and case.num_kv_splits is None and not case.batch_invariant:
         case = dataclasses.replace(case, num_kv_splits=splits)
     return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64)) if page else case
@@ -183,7 +183,9 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
         pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
         lens, order = ORDERS.get(mistake, (None, seed))
         changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
-        for case in hard_cases if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens)]:
+        for case in (
+            hard_cases if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens, num_kv_splits=pieces or 1)]
+        ):
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces and case.num_kv_splits is None else case
             if changes.get("multicast"):
                 hard = fitting(hard, 64, 0, 128)

@@ -49,7 +49,7 @@ os.register_at_fork(after_in_child=_renew)  # a thread that the child does not h
 
 @dataclass(frozen=True)
 class Header:
-    """What a template says of itself: registers a thread by role, and the constants it takes."""
+    """What a template says of itself: registers a thread by role (`stack`: bytes), and the constants it takes."""
 
     op: str
     entry: str

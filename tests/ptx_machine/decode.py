@@ -1028,7 +1028,10 @@ def _griddepcontrol(d: Decoder) -> Run:
     def run(w: Any, m: int) -> None:
         if waits:
             w.waited |= m
+            w.machine.waited = True
             w.machine.memory.shut = w.shut()
+        elif w.machine.dependent is None and w.waited & m != m:
+            raise ProtocolError("griddepcontrol.launch_dependents before .wait: what comes next may read too early")
 
     return run
 

@@ -294,7 +294,7 @@ class Machine:
         cluster: int, dependent: frozenset[str] | None,
     ) -> None:  # fmt: skip
         self.program, self.grid, self.threads, self.memory = program, grid, threads, memory
-        self.dependent = dependent
+        self.dependent, self.waited = dependent, False
         self.smem_bytes, self.checks, self.cluster = smem_bytes, checks, cluster
         self.watch = Watch(self) if checks else None
         self.statistics = Statistics()
@@ -519,6 +519,8 @@ def run(
     started = time.perf_counter()
     with np.errstate(all="ignore"):
         machine.launch(ctas, seed, concurrent, max_steps, order == "sequential")
+    if dependent != frozenset() and not machine.waited:
+        raise ProtocolError("no thread has executed griddepcontrol.wait: this grid may end before the one before it")
     statistics = machine.statistics
     for i, n in zip(program.code, machine.counts, strict=True):
         if n:

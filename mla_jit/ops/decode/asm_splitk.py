@@ -239,8 +239,8 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
 
 
 def _long(p: DecodeProblem) -> bool:
-    """Where `multicast` is 1 to 8 % faster on an H200 (128 heads, 16 to 128 sequences of 4096 to 65536 tokens); with
-    fewer tokens it makes no difference, or costs 1 or 2 %."""
+    """Where `multicast` is 1 to 9 % faster on an H200 (128 heads: 64 and 128 sequences of 4096 tokens, 16 to 128 of
+    16384 and 65536); with fewer tokens it makes no difference, or costs 1 or 2 %."""
     return _tokens(p) > 1 << 17
 
 
@@ -336,10 +336,10 @@ def _source(
     target: Target, name: str, file: str, constants: dict[str, Scalar], arguments: list[tuple[str, str, Arg]],
     require: tuple[str, ...] = (),
 ) -> Source:  # fmt: skip
-    """A kernel of a template; its header says how many registers and threads it may have, and what stack if it
-    gathers."""
+    """A kernel of a template; its header says how many registers and threads it may have, and what stack if it walks
+    and gathers."""
     head = render.header(target.isa, file)
-    stack = head.registers.get("stack", 0) if constants.get("GATHER") else 0
+    stack = head.registers.get("stack", 0) if constants.get("GATHER") and constants.get("WALK", True) else 0
     return Source(
         name=name,
         toolchain="ptx",
