@@ -62,6 +62,8 @@ COMBINE: dict[str, tuple[str, str, str]] = {
         "    @p bra AHEAD;\n    griddepcontrol.wait;\n",
         "    @p bra AHEAD;\n",
     ),
+    "combine: lengths by plain loads": ("combine.ptx", "{% set EARLY = PDL %}", "{% set EARLY = false %}"),
+    "combine: lengths before they are there": ("pieces.ptx", "        bar.sync 0;\n    }", "    }"),
     "combine: before there are partials": (
         "combine.ptx",
         "{% if PDL %}\n    griddepcontrol.wait;\n{% endif %}\n\n{% macro request",

@@ -10,6 +10,9 @@ from typing import Any
 import cases
 import pytest
 import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 import mla_jit
 from mla_jit import ahead, ops, plan, settings, target
@@ -241,18 +244,43 @@ def test_bounded_waits_end_well(name: str) -> None:
     assert torch.equal(plain, bounded)
 
 
-@pytest.mark.parametrize("captured", [False, True])
+@triton.jit
+def _written_late(to, values, COUNT: tl.constexpr):
+    """A kernel that lets the next one start, and writes only then."""
+    gdc_wait()
+    gdc_launch_dependents()
+    at = tl.arange(0, COUNT)
+    late = tl.inline_asm_elementwise(
+        "nanosleep.u32 20000; mov.b32 $0, $1;", "=r,r", [tl.load(values + at)], tl.int32, is_pure=False, pack=1
+    )
+    tl.store(to + at, late)
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("before", ["a kernel", "a copy", "a join", "a kernel that lets us start"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_call_reads_what_came_right_before_it(name: str, captured: bool) -> None:
-    """A launch may begin before what comes before it has ended. Each call's q is the result of the one before; a kernel
-    of torch's writes the cache and the lengths between some of them. The same bits as with everybody waited for."""
+def test_a_call_reads_what_came_right_before_it(name: str, before: str, captured: bool) -> None:
+    """A launch may begin before what comes before it has ended. Each call's q is the result of the one before; right
+    before some of them the cache and the lengths are written, too. The same bits as with everybody waited for."""
     steps, heads = 24, 64 if name == MIXED else 128 if name in SHARED else 16
     generator = torch.Generator(DEVICE).manual_seed(5)
     cache = torch.randn(64, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     fresh = torch.randn(steps, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     table = torch.randperm(64, generator=generator, device=DEVICE).to(torch.int32).reshape(2, 32)
     start = torch.tensor([700, 1500], dtype=torch.int32, device=DEVICE)
+    lens_of = start + 17 * torch.arange(steps, dtype=torch.int32, device=DEVICE)[:, None]
     first = torch.randn(2, heads, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+
+    def write(i: int, kv: torch.Tensor, lens: torch.Tensor) -> None:
+        kv[i].copy_(fresh[i])
+        if before == "a kernel":
+            torch.add(lens_of[i], 0, out=lens)
+        elif before == "a copy":
+            lens.copy_(lens_of[i])
+        else:
+            _written_late[(1,)](lens, lens_of[i], COUNT=2, num_warps=1, launch_pdl=True)
+
     results = []
     for waits in (True, False):
         kv, lens, q = cache.clone(), start.clone(), first.repeat(steps + 1, 1, 1, 1)
@@ -261,9 +289,13 @@ def test_a_call_reads_what_came_right_before_it(name: str, captured: bool) -> No
         def run(kv: torch.Tensor = kv, lens: torch.Tensor = lens, q: torch.Tensor = q, waits: bool = waits,
                 keywords: dict[str, Any] = keywords) -> None:  # fmt: skip
             for i in range(steps):
-                if i % 3:
-                    kv[i].copy_(fresh[i])
-                    lens.add_(17)
+                if i % 3 and before == "a join":
+                    side.wait_stream(torch.cuda.current_stream())
+                    with torch.cuda.stream(side):
+                        write(i, kv, lens)
+                    torch.cuda.current_stream().wait_stream(side)
+                elif i % 3:
+                    write(i, kv, lens)
                 if waits:
                     torch.cuda.synchronize()
                 mla_jit.decode(q[i], kv, out=q[i + 1, :, :, :512], **keywords)

@@ -12,7 +12,7 @@ registers and operands of wgmmas in flight, wgmma.fence, warps of a warpgroup in
 .sync instructions; the register pool of setmaxnreg; races of CTAs through global memory, which only barrier.cluster
 orders (cluster.py), and through the shared memory of other CTAs of a cluster, read after they wrote it and before they
 write it again or exit; copies to several CTAs, and arrivals at mbarriers of others, of what is there and free; what is
-touched before griddepcontrol.wait; deadlock.
+touched, or read by weak loads, before griddepcontrol.wait; deadlock.
 
 Not checked: races through global memory within a CTA, and of atomics, strong accesses and copies; lanes of one warp
 among themselves (a warp is one agent: an arrival of one lane publishes what all its lanes did); a proxy fence between

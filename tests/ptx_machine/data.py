@@ -165,6 +165,8 @@ def _global(d: Decoder, t: str, rows: list[int], at: Any, load: bool, strong: bo
         machine = w.machine
         groups = machine.memory.groups(w.rows[row] + offset, LISTS[m], size * count, not load)
         watch = None if strong else machine.watch
+        if load and not strong and machine.dependent != frozenset() and w.waited & m != m:
+            raise ProtocolError("a weak read before griddepcontrol.wait: it may see what was there before")
         for buffer, lanes, place in groups:
             if watch is not None and buffer.writable:
                 if load:

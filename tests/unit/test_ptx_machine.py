@@ -766,27 +766,30 @@ def test_mbarriers_of_others_are_announced(without: str) -> None:
 
 
 # ---------------------------------------------------------------------- grids that overlap
+WRITTEN, OTHERS = frozenset({"out"}), frozenset({"partials"})
 
 
 @pytest.mark.parametrize(
-    ("body", "all_shut", "noticed"),
+    ("body", "dependent", "noticed"),
     [
-        ("griddepcontrol.wait; st.global.b32 [out], r0;", True, ""),
-        ("griddepcontrol.wait; griddepcontrol.launch_dependents; st.global.b32 [out], r0;", True, ""),
-        ("griddepcontrol.launch_dependents; griddepcontrol.wait; st.global.b32 [out], r0;", False, ""),
-        ("st.global.b32 [out], r0; griddepcontrol.wait;", True, r"out is used before griddepcontrol\.wait"),
-        ("ld.global.b32 r1, [out];", False, r"out is used before griddepcontrol\.wait"),
+        ("griddepcontrol.wait; st.global.b32 [out], r0;", None, ""),
+        ("griddepcontrol.wait; griddepcontrol.launch_dependents; st.global.b32 [out], r0;", None, ""),
+        ("griddepcontrol.launch_dependents; griddepcontrol.wait; st.global.b32 [out], r0;", WRITTEN, ""),
+        ("st.global.b32 [out], r0; griddepcontrol.wait;", None, r"out is used before griddepcontrol\.wait"),
+        ("ld.relaxed.gpu.global.b32 r1, [out];", WRITTEN, r"out is used before griddepcontrol\.wait"),
+        ("ld.global.nc.b32 r1, [out]; griddepcontrol.wait;", OTHERS, r"a weak read before griddepcontrol\.wait"),
         (
             "setp.eq.u32 p0, r0, 0; @p0 griddepcontrol.wait; bar.sync 0; ld.global.b32 r1, [out];",
-            True,
+            None,
             "is used before",
         ),
-        ("griddepcontrol.launch_dependents; griddepcontrol.wait;", True, r"launch_dependents before \.wait"),
-        ("mov.u32 r1, 0;", True, "may end before the one before it"),
+        ("griddepcontrol.launch_dependents; griddepcontrol.wait;", None, r"launch_dependents before \.wait"),
+        ("mov.u32 r1, 0;", None, "may end before the one before it"),
     ],
 )
-def test_what_comes_before_in_the_stream_is_waited_for(body: str, all_shut: bool, noticed: str) -> None:
-    dependent = None if all_shut else frozenset({"out"})
+def test_what_comes_before_in_the_stream_is_waited_for(
+    body: str, dependent: frozenset[str] | None, noticed: str
+) -> None:
     if not noticed:
         np.testing.assert_array_equal(run_small(body, dependent=dependent)[:32], LANE)
         return

@@ -320,11 +320,11 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
 def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
     """The second kernel: combine.ptx, which sums partials of the result's type."""
     heads, columns = _combine_tile(p, config)
-    groups = _COMBINED // columns
+    groups, lanes = _COMBINED // columns, splitk._batch_pow2(p)
     constants: dict[str, Scalar] = {
         "H": p.num_heads, "C": p.kv_lora_rank, "HEADS": heads, "COLUMNS": columns, "OUT": _PTX[p.out_dtype],
-        "ARENA": max(groups * columns * 4, 4096) + 8 * groups, "MULTI": p.q_len > 1, "PAGE": p.page_size,
-        "BATCH_POW2": splitk._batch_pow2(p), "TOKENS": config.int("block_n"), "CP": p.context_parallel,
+        "ARENA": max(groups * columns * 4, 4096) + 8 * groups + 4 * lanes, "MULTI": p.q_len > 1, "PAGE": p.page_size,
+        "BATCH_POW2": lanes, "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
         "SHORT": config.get("short", 0),
         "AT_ONCE": (_AHEAD[0] if p.batch_invariant else config.int("combine_ahead")) * 2 // DTYPES[p.out_dtype].bytes,
