@@ -113,8 +113,8 @@ def show(source: Path) -> Contents:
 def export(source: Path, directory: Path) -> dict[Path, int]:
     """Writes what a lookup needs as <directory>/<device>/<op>.jsonl, as the package ships it; the rows by file.
 
-    These are the best rows; and of problems that differ in lengths alone those of the config with the best worst case
-    over the lengths, which a call without hints is given.
+    These are the best rows; and of problems that differ in lengths alone, for each length, those of the config with the
+    best worst case over the lengths up to it, which a call without hints is given whose table holds as many tokens.
     """
     groups: dict[Path, dict[tuple[object, ...], Trial]] = {}
     with opened(source) as held:
@@ -125,7 +125,8 @@ def export(source: Path, directory: Path) -> dict[Path, int]:
 
 
 def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
-    """By family of lengths the rows of the config that is robust over them: of playoffs, and of newest revisions."""
+    """By family of lengths, and for each of them, the rows of the config that is robust over those up to it: of
+    playoffs, and of newest revisions."""
     newest: dict[str, int] = {}
     for trial in trials:
         newest[trial.variant] = max(trial.revision, newest.get(trial.variant, 0))
@@ -137,8 +138,10 @@ def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
             known = rows.setdefault((trial.problem, trial.config), trial)
             rows[trial.problem, trial.config] = min(known, trial, key=lambda t: (t.median_us or 0.0, t.created))
     for rows in families.values():
-        robust = lookup.robust(sorted(rows.values(), key=lambda t: str(t.problem)))
-        yield from (trial for trial in rows.values() if trial.config == robust)
+        for capacity in sorted({problem.max_kv_len for problem, _ in rows}):
+            held = [trial for trial in rows.values() if trial.problem.max_kv_len <= capacity]
+            robust = lookup.robust(sorted(held, key=lambda t: str(t.problem)))
+            yield from (trial for trial in held if trial.config == robust)
 
 
 # --------------------------------------------------------------------------------------------------------------- adding

@@ -240,7 +240,7 @@ class _Sweep:
     default_us: dict[Tunable, float] = field(default_factory=dict)
     expected: set[Tunable] = field(default_factory=set)  # problems whose kernels are asked for ahead
     families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
-    steady: dict[Tunable, list[Config]] = field(default_factory=dict)
+    steady: dict[Tunable, dict[int, list[Config]]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
@@ -346,7 +346,8 @@ class _Sweep:
             return self.families[kind]
 
     def steadiest(self, problem: Tunable) -> list[Config]:
-        """The configs with the best worst cases over the family's lengths, of those that were timed at each of them.
+        """The configs with the best worst cases over the family's lengths up to this one, and up to each greater one,
+        of those that were timed at each of them.
 
         So far, by whatever effort: where searches were exhaustive, one may be good everywhere that is nowhere the best.
         """
@@ -354,9 +355,16 @@ class _Sweep:
         with self.lock:
             if kind not in self.steady:
                 fields = {name: value for name, value in problem.fields().items() if name not in problem.LENGTHS}
-                rows = self.current(self.store.trials(**fields, status=OK, **self.place))
-                self.steady[kind] = lookup.by_worst_case(sorted(rows, key=lambda t: str(t.problem)))[:_STEADY]
-            return self.steady[kind]
+                rows = sorted(
+                    self.current(self.store.trials(**fields, status=OK, **self.place)), key=lambda t: str(t.problem)
+                )
+                self.steady[kind] = {
+                    capacity: lookup.by_worst_case(t for t in rows if t.problem.max_kv_len <= capacity)[:_STEADY]
+                    for capacity in {t.problem.max_kv_len for t in rows}
+                }
+            steady = self.steady[kind]
+        found = (steady[capacity] for capacity in sorted(steady, reverse=True) if capacity >= problem.max_kv_len)
+        return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
     def earlier(
         self, mine: Sequence[Tunable], problems: Sequence[Tunable]
