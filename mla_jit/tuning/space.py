@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mla_jit import resources
@@ -88,6 +88,21 @@ def pieces(problem: Any, target: Target, variant: Variant, config: Config) -> in
         return config.int("num_kv_splits") if "num_kv_splits" in config else 1
     tiles = _tiles(problem, config)
     return -(-tiles // max(-(-tiles // numbers["num_splits"]), numbers["min_tiles"]))
+
+
+def neighbours(config: Config, others: Iterable[Config], spaces: Mapping[str, Space]) -> list[Config]:
+    """Those of the others, of the same variant, that differ from it in what one row of its space chooses; where there
+    is none, as for a default with values that the space has not, in what as few rows do as may be."""
+    rows = [str(names).split() for names in spaces.get(config.variant, ())]
+
+    def differ(other: Config) -> int:
+        left = {name for name, value in config.items() if other.get(name) != value}
+        count = sum(not left.isdisjoint(row) for row in rows)
+        return count + len(left.difference(itertools.chain.from_iterable(rows)))
+
+    apart = {other: differ(other) for other in others if other.variant == config.variant and other != config}
+    least = min(apart.values(), default=0)
+    return [other for other, count in apart.items() if count == least]
 
 
 def first_kernel(config: Config) -> tuple[str, tuple[tuple[str, Value], ...]]:

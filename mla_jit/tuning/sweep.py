@@ -6,6 +6,7 @@ finished shapes are recognised by their playoff's trials, half-finished ones rep
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime as dt
@@ -14,7 +15,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
 _FEW = 4  # sequences, beyond which blocks of 64 rows fill the device however short they are
+_GOOD = 1.05  # a worst case that is not looked to be improved
 _STEADY = 3  # configs with the best worst cases over a family's lengths that are timed at each
 _AHEAD = 6  # shapes whose kernels are compiled before their turn
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
@@ -161,7 +163,8 @@ def run(
     """Tunes each problem on one of the devices; yields as they finish. The budget is shared by the shapes still to do.
 
     Then (`cross`), on the same device, the best configs of problems that differ in lengths alone are timed at each
-    other's lengths, so that for a call without hints the best worst case is known. `builds` compiles ahead of the
+    other's lengths, so that for a call without hints the best worst case is known; and where it is not yet good, it is
+    looked for among the neighbours of the config that has it (`_Sweep.settle`). `builds` compiles ahead of the
     workers; one is made, and closed, if absent. KeyboardInterrupt (or `stop`) ends it after the running measurements;
     what was measured is stored.
     """
@@ -173,7 +176,8 @@ def run(
     for problem in problems:
         todo.put(problem)
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
-    tuned = threading.Barrier(len(devices))
+    tuned, crossed = threading.Barrier(len(devices)), threading.Barrier(len(devices))
+    families = collections.deque(sweep.of_lengths() if cross else ())
 
     def serve(device: str) -> None:
         mine: list[Tunable] = []
@@ -189,10 +193,18 @@ def run(
             tuned.wait()
             for problem in (*mine, *sweep.earlier(mine, problems)) if cross else ():
                 sweep.cross(problem, device)
+            crossed.wait()
+            while not sweep.stop.is_set():
+                try:
+                    family = families.popleft()
+                except IndexError:
+                    break
+                sweep.settle(family, device)
         except threading.BrokenBarrierError:  # another device's thread has ended with an error
             pass
         except BaseException as error:  # handed to the caller's thread
             tuned.abort()
+            crossed.abort()
             done.put(error)
 
     threads = [threading.Thread(target=serve, args=(device,), daemon=True) for device in devices]
@@ -210,6 +222,7 @@ def run(
     finally:
         sweep.stop.set()
         tuned.abort()
+        crossed.abort()
         if builds is None:
             sweep.builds.close()
         for thread in threads:
@@ -321,9 +334,15 @@ class _Sweep:
             found |= dict.fromkeys(candidates(longest, self.target)[:1])
             found |= dict.fromkeys(_for_any_length(longest, self.target))
             found |= dict.fromkeys(self.steadiest(problem))
-        known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST} if found else set()
+        self.play(problem, device, found)
+
+    def play(self, problem: Tunable, device: str, configs: Iterable[Config]) -> None:
+        """Times as in a playoff what is legal here of the configs, and was not timed so before, nor failed."""
+        known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST}
         legal = _legal(problem, self.target)
-        todo = [config for config in found if config not in known and legal(config)]
+        todo = [config for config in configs if config not in known and legal(config)]
+        if not todo:
+            return
         for config in self.builds.ready(problem, todo, self.deadline - time.monotonic()):
             if self.stop.is_set() or time.monotonic() > self.deadline:
                 return
@@ -332,6 +351,52 @@ class _Sweep:
             except search.BudgetSpent:
                 return
             self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
+
+    def of_lengths(self) -> list[list[Tunable]]:
+        """The sweep's problems that differ in lengths alone, where they do."""
+        kinds: dict[Tunable, list[Tunable]] = {}
+        for problem in self.problems:
+            kinds.setdefault(_but_lengths(problem), []).append(problem)
+        return [kin for kin in kinds.values() if len(kin) > 1]
+
+    def settle(self, family: Sequence[Tunable], device: str) -> None:
+        """For each length of a family: whether a neighbour of the config with the best worst case over the lengths up
+        to it has a better one, until none has or that is _GOOD.
+
+        A neighbour is timed where the worst case is, and elsewhere only if it is faster there.
+        """
+        spaces = space.load(family[0].op)
+        everything = [config for problem in family for config in self.candidates(problem)]
+        longest = max(family, key=lambda p: (p.max_kv_len, p.total_kv is None))
+        everything += _for_any_length(longest, self.target)
+        for capacity in sorted({p.max_kv_len for p in family}, reverse=True):
+            kin = [p for p in family if p.max_kv_len <= capacity]
+            before: Config | None = None
+            while len(kin) > 1 and not self.stop.is_set() and time.monotonic() < self.deadline:
+                times = {problem: self.played(problem) for problem in kin}
+                config = lookup.robust(
+                    sorted((t for p in kin for t in times[p].values()), key=lambda t: str(t.problem))
+                )
+                if config in (None, before) or any(config not in times[p] for p in kin):
+                    break
+                before = config
+                worst = max(kin, key=lambda p: _ratio(times[p], config))
+                if _ratio(times[worst], config) <= _GOOD:
+                    break
+                near = space.neighbours(config, everything, spaces)
+                self.play(worst, device, near)
+                there = self.played(worst)
+                better = [c for c in near if c in there and _us(there[c]) < _us(there[config])]
+                for problem in kin:
+                    self.play(problem, device, better)
+
+    def played(self, problem: Tunable) -> dict[Config, Trial]:
+        """By config the fastest of its playoffs."""
+        found: dict[Config, Trial] = {}
+        for trial in self.trials(problem):
+            if trial.status == OK and trial.effort == LAST:
+                found[trial.config] = min(found.get(trial.config, trial), trial, key=_us)
+        return found
 
     def family(self, problem: Tunable) -> dict[Tunable, Config]:
         """What is best for problems that differ from it in lengths alone, in this sweep or before; by a playoff."""
@@ -446,6 +511,15 @@ def _for_any_length(longest: Tunable, target: Target) -> list[Config]:
     if longest.batch > _FEW:
         return []
     return space.candidates(longest, target, [v for v in ops.variants(longest.op) if v.any_length])
+
+
+def _us(trial: Trial) -> float:
+    return math.inf if trial.median_us is None else trial.median_us
+
+
+def _ratio(times: Mapping[Config, Trial], config: Config) -> float:
+    """How many times as long as the fastest it takes."""
+    return _us(times[config]) / min(map(_us, times.values()))
 
 
 def _but_lengths(problem: Tunable) -> Tunable:

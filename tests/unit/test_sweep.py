@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.errors import CompilerAborted, InvalidInput
 from mla_jit.problem import DecodeProblem, PrefillProblem
-from mla_jit.tuning import builds, search, store, sweep
+from mla_jit.tuning import builds, search, space, store, sweep
 from mla_jit.tuning.rows import Measurement
 from mla_jit.tuning.stand import timed_lengths
 
@@ -279,6 +281,61 @@ def test_what_is_good_at_each_length_and_best_at_none_is_timed_and_serves_calls_
         unhinted = [plan.choose(dataclasses.replace(p, hinted=False), CPU).config for p in wanted[1:]]
     plan.forget()
     assert unhinted == [short, steady]
+
+
+def test_neighbours_of_what_is_good_at_all_lengths_are_timed_where_it_is_worst(database: store.Store) -> None:
+    wanted = of_lengths(256, 1024, 2048)
+    known = sweep.candidates(wanted[-1], CPU)
+    everywhere = [c for c in known if all(c in sweep.candidates(p, CPU) for p in wanted)]
+    spaces = space.load("decode")
+    start = max(everywhere, key=lambda c: len(space.neighbours(c, everywhere, spaces)))
+    better, mixed, *worse = near = space.neighbours(start, everywhere, spaces)
+    assert len(worse) > 3
+    best = [c for c in everywhere if c not in (start, *near)][:3]  # of each length
+
+    class Long(Bench):
+        def measure(self, device: str, problem: DecodeProblem, config: Config, **more: Any) -> Measurement:
+            found = super().measure(device, problem, config, **more)
+            times = {start: (10.4, 14.0), better: (10.4, 12.0), mixed: (16.0, 13.0)}  # shorter, longest
+            times[best[wanted.index(problem)]] = (10.0, 10.0)
+            return dataclasses.replace(found, median_us=times.get(config, (15.0, 15.0))[problem == wanted[-1]])
+
+    bench = Long()
+    with contextlib.closing(builds.Builds(CPU)) as made:
+        end = time.monotonic() + 60
+        filled = sweep._Sweep(
+            CPU, bench, database, "auto", True, 60.0, "", None, threading.Event(), end, 1, wanted, 3, made
+        )  # fmt: skip
+        for problem in wanted:
+            filled.play(problem, "cpu", [start, *best])
+        bench.asked.clear()
+        filled.settle(wanted, "cpu")
+        asked = bench.asked.copy()
+        filled.settle(wanted, "cpu")
+    assert bench.asked == asked
+    assert {config for _, problem, config in asked[: len(near)] if problem == wanted[-1]} == set(near)
+    elsewhere = [config for _, problem, config in asked if problem != wanted[-1]]
+    assert set(elsewhere) == {better, mixed}
+    with settings.scope(tuning_db=database.path):
+        plan.forget()
+        choice = plan.choose(dataclasses.replace(wanted[-1], hinted=False), CPU)
+    plan.forget()
+    assert choice.config == better
+
+
+def test_neighbours_differ_in_one_row_of_the_space() -> None:
+    problem = DecodeProblem(num_heads=16, max_kv_len=4096, hinted=True)
+    found = sweep.candidates(problem, HOPPER)
+    spaces = space.load("decode")
+    default, *_, one = (c for c in found if c.variant == "decode_narrow_asm")
+    near = space.neighbours(one, found, spaces)
+    assert len(near) >= 5
+    rows = [str(names).split() for names in spaces[one.variant]]
+    for other in found:
+        changed = {name for name, value in one.items() if other.get(name) != value}
+        alike = other.variant == one.variant and any(changed and changed <= set(row) for row in rows)
+        assert (other in near) == alike
+    assert space.neighbours(default, found, spaces)  # though it has values that the space has not
 
 
 def test_what_serves_short_and_long_sequences_differently_is_not_searched_but_timed_at_each_length() -> None:
