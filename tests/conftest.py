@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem not in APART:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
+    """A pytest-xdist that does not know this pytest ignores groups, and each worker makes what a file's tests share."""
+    alone = [name for name in ids if "@" not in name and Path(name.partition("::")[0]).stem not in APART]
+    if node.config.option.dist == "loadgroup" and alone:
+        why = (
+            f"pytest {pytest.__version__} and pytest-xdist do not group tests: use the versions of .ci/constraints.txt"
+        )
+        pytest.exit(f"{why} ({alone[0]})", returncode=4)
 
 
 @pytest.hookimpl(trylast=True)
