@@ -37,6 +37,7 @@ EFFORTS = ((3, 1.0), (5, 3.0), (9, 5.0))  # (rounds, milliseconds a window) by e
 LAST = len(EFFORTS) - 1
 LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distributed; "ragged" is the first of MIXES
 _SHARES = 5  # even shares of the time left that a shape may take
+_PLAYOFFS = 0.15  # of the budget, at the end, for playoffs between lengths
 _FEW = 4  # sequences, beyond which blocks of 64 rows fill the device however short they are
 _GOOD = 1.05  # a worst case that is not looked to be improved
 _STEADY = 3  # configs with the best worst cases over a family's lengths that are timed at each
@@ -178,6 +179,7 @@ def run(
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
     tuned, crossed = threading.Barrier(len(devices)), threading.Barrier(len(devices))
     families = collections.deque(sweep.of_lengths() if cross else ())
+    sweep.reserve_s = _PLAYOFFS * budget_s if families else 0.0
 
     def serve(device: str) -> None:
         mine: list[Tunable] = []
@@ -254,12 +256,13 @@ class _Sweep:
     expected: set[Tunable] = field(default_factory=set)  # problems whose kernels are asked for ahead
     families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
     steady: dict[Tunable, dict[int, list[Config]]] = field(default_factory=dict)
+    reserve_s: float = 0.0  # before the deadline, that no search takes
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def share_s(self) -> float:
         """Seconds for a shape: some even shares, as the first of a kind wait for compilers and later ones do not."""
         with self.lock:
-            left_s = max(0.0, self.deadline - time.monotonic())
+            left_s = max(0.0, self.deadline - self.reserve_s - time.monotonic())
             return min(left_s, _SHARES * left_s * self.devices / max(self.left, self.devices))
 
     def tune(self, problem: Tunable, device: str) -> Finished:

@@ -323,6 +323,22 @@ def test_neighbours_of_what_is_good_at_all_lengths_are_timed_where_it_is_worst(d
     assert choice.config == better
 
 
+@pytest.mark.parametrize(("lengths", "share"), [((256,), 1.0), ((256, 1024), 1.0 - sweep._PLAYOFFS)])
+def test_time_for_playoffs_between_lengths_is_kept(
+    lengths: tuple[int, ...], share: float, database: store.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, given = search.tune, []
+
+    def tune(*arguments: Any, budget_s: float, **more: Any) -> search.Outcome:
+        given.append(budget_s)
+        return true(*arguments, budget_s=budget_s, **more)
+
+    monkeypatch.setattr(search, "tune", tune)
+    run(of_lengths(*lengths), Bench(), database, budget_s=500.0)
+    assert len(given) == len(lengths)
+    assert all(share * 500.0 - 60.0 < budget_s <= share * 500.0 for budget_s in given)
+
+
 def test_neighbours_differ_in_one_row_of_the_space() -> None:
     problem = DecodeProblem(num_heads=16, max_kv_len=4096, hinted=True)
     found = sweep.candidates(problem, HOPPER)
