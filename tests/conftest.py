@@ -56,7 +56,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_node_collection_finished(node: Any, ids: list[str]) -> None:
     """A pytest-xdist that does not know this pytest ignores groups, and each worker makes what a file's tests share."""
-    alone = [name for name in ids if "@" not in name and Path(name.partition("::")[0]).stem not in APART]
+    stems = [Path(name.partition("::")[0]).stem for name in ids]
+    alone = [
+        name for name, stem in zip(ids, stems, strict=True) if stem not in APART and name.rpartition("@")[2] != stem
+    ]
     if node.config.option.dist == "loadgroup" and alone:
         why = (
             f"pytest {pytest.__version__} and pytest-xdist do not group tests: use the versions of .ci/constraints.txt"

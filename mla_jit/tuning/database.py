@@ -125,8 +125,8 @@ def export(source: Path, directory: Path) -> dict[Path, int]:
 
 
 def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
-    """By family of lengths, and for each of them, the rows of the config that is robust over those up to it: of
-    playoffs, and of newest revisions."""
+    """By family of lengths, and for each of them, the rows of the config that is robust over those up to it, and of
+    what it is alike to: of playoffs, and of newest revisions."""
     newest: dict[str, int] = {}
     for trial in trials:
         newest[trial.variant] = max(trial.revision, newest.get(trial.variant, 0))
@@ -140,8 +140,8 @@ def _of_any_length(trials: Sequence[Trial]) -> Iterator[Trial]:
     for rows in families.values():
         for capacity in sorted({problem.max_kv_len for problem, _ in rows}):
             held = [trial for trial in rows.values() if trial.problem.max_kv_len <= capacity]
-            robust = lookup.robust(sorted(held, key=lambda t: str(t.problem)))
-            yield from (trial for trial in held if trial.config == robust)
+            pillars = lookup.pillars(sorted(held, key=lambda t: str(t.problem)))
+            yield from (trial for trial in held if trial.config in pillars)
 
 
 # --------------------------------------------------------------------------------------------------------------- adding

@@ -416,6 +416,13 @@ def robust(trials: Iterable[Trial]) -> Config | None:
     return next(iter(by_worst_case(trials, of_most_effort=True)), None)
 
 
+def pillars(trials: Iterable[Trial]) -> list[Config]:
+    """What `robust` rests on: its config, and the one whose worst case is the best, which says what is alike to it."""
+    ratios = _ratios(trials, of_most_effort=True)
+    found = _by_worst_case(ratios)[:1]
+    return list(dict.fromkeys((*found, *sorted(found and ratios, key=lambda c: (max(ratios[c]), *simplest(c)))[:1])))
+
+
 def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> list[Config]:
     """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
@@ -426,6 +433,11 @@ def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> l
     is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.
     of_most_effort: in a case only configs that were timed with its most effort count.
     """
+    return _by_worst_case(_ratios(trials, of_most_effort))
+
+
+def _ratios(trials: Iterable[Trial], of_most_effort: bool) -> dict[Config, list[float]]:
+    """By config the ratios to the fastest, of those that were timed in the most cases; {} if these are only one."""
     cells: dict[tuple[object, _Cell], dict[Config, tuple[int, float]]] = {}
     for problem, group in itertools.groupby(trials, key=lambda trial: trial.problem):
         times = cells.setdefault((_hard(problem), _Cell.of(problem)), {})
@@ -441,15 +453,18 @@ def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> l
                 continue
             ratios.setdefault(config, []).append(time_us / best if best > 0 else 1.0)
     cases = max(map(len, ratios.values()), default=0)
-    widest = [config for config in ratios if len(ratios[config]) == cases > 1]
-    limit = _ALIKE * min((max(ratios[config]) for config in widest), default=0.0)
+    return {config: found for config, found in ratios.items() if len(found) == cases > 1}
+
+
+def _by_worst_case(ratios: Mapping[Config, Sequence[float]]) -> list[Config]:
+    limit = _ALIKE * min(map(max, ratios.values()), default=0.0)
 
     def order(config: Config) -> tuple[Any, ...]:
         worst = max(ratios[config])
         first = math.prod(ratios[config]) if worst <= limit else math.inf
         return first, worst, *simplest(config)
 
-    return sorted(widest, key=order)
+    return sorted(ratios, key=order)
 
 
 def forget() -> None:

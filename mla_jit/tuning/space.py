@@ -97,12 +97,14 @@ def neighbours(config: Config, others: Iterable[Config], spaces: Mapping[str, Sp
 
     def differ(other: Config) -> int:
         left = {name for name, value in config.items() if other.get(name) != value}
+        if 2 not in (config.get("num_kv_splits"), other.get("num_kv_splits")):
+            left.discard("together")  # of no effect, and so spelt one way or the other
         count = sum(not left.isdisjoint(row) for row in rows)
         return count + len(left.difference(itertools.chain.from_iterable(rows)))
 
     apart = {other: differ(other) for other in others if other.variant == config.variant and other != config}
-    least = min(apart.values(), default=0)
-    return [other for other, count in apart.items() if count == least]
+    least = min((count for count in apart.values() if count), default=0)
+    return [other for other, count in apart.items() if 0 < count == least]
 
 
 def first_kernel(config: Config) -> tuple[str, tuple[tuple[str, Value], ...]]:

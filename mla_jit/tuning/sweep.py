@@ -6,7 +6,6 @@ finished shapes are recognised by their playoff's trials, half-finished ones rep
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import datetime as dt
@@ -178,8 +177,8 @@ def run(
         todo.put(problem)
     done: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
     tuned, crossed = threading.Barrier(len(devices)), threading.Barrier(len(devices))
-    families = collections.deque(sweep.of_lengths() if cross else ())
-    sweep.reserve_s = _PLAYOFFS * budget_s if families else 0.0
+    kinds = sweep.of_lengths() if cross else []
+    sweep.reserve_s = _PLAYOFFS * budget_s if kinds else 0.0
 
     def serve(device: str) -> None:
         mine: list[Tunable] = []
@@ -196,12 +195,8 @@ def run(
             for problem in (*mine, *sweep.earlier(mine, problems)) if cross else ():
                 sweep.cross(problem, device)
             crossed.wait()
-            while not sweep.stop.is_set():
-                try:
-                    family = families.popleft()
-                except IndexError:
-                    break
-                sweep.settle(family, device)
+            for kin in kinds if device == devices[0] else ():  # shapes on their own devices, which are free now
+                sweep.settle(kin)
         except threading.BrokenBarrierError:  # another device's thread has ended with an error
             pass
         except BaseException as error:  # handed to the caller's thread
@@ -256,6 +251,7 @@ class _Sweep:
     expected: set[Tunable] = field(default_factory=set)  # problems whose kernels are asked for ahead
     families: dict[Tunable, dict[Tunable, Config]] = field(default_factory=dict)
     steady: dict[Tunable, dict[int, list[Config]]] = field(default_factory=dict)
+    homes: dict[Tunable, str] = field(default_factory=dict)  # the device that a problem is timed on
     reserve_s: float = 0.0  # before the deadline, that no search takes
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -268,6 +264,7 @@ class _Sweep:
     def tune(self, problem: Tunable, device: str) -> Finished:
         """Searches the best config, unless that was finished before."""
         started = time.monotonic()
+        self.homes[problem] = device
         same = self.trials(problem)
         known = {(trial.config, trial.effort): _measurement(trial) for trial in same} if self.resume else {}
         played = [(t.config, t.median_us, t.spread_us) for t in same if t.effort == LAST and t.median_us is not None]
@@ -288,7 +285,7 @@ class _Sweep:
                     expected = aside.submit(self.expect, problem, found, over)
                 outcome = search.tune(
                     problem, self.target, found,
-                    lambda config, effort: self.measure(problem, device, config, effort),
+                    lambda config, effort: self.measure(problem, device, config, effort, self.reserve_s),
                     budget_s=self.share_s(), search=self.how, incumbents=self.incumbents(problem, same), done=known,
                     on_event=lambda name, data: self.keep(problem, device, name, data),
                     ready=lambda configs, seconds: self.builds.ready(problem, configs, seconds),
@@ -340,8 +337,14 @@ class _Sweep:
         self.play(problem, device, found)
 
     def play(self, problem: Tunable, device: str, configs: Iterable[Config]) -> None:
-        """Times as in a playoff what is legal here of the configs, and was not timed so before, nor failed."""
-        known = {t.config for t in self.trials(problem) if t.status != OK or t.effort == LAST}
+        """Times as in a playoff what is legal here of the configs, and was not timed so before, nor failed.
+
+        Not where the search has not come to its own playoff: by one a shape is known as finished.
+        """
+        trials = self.trials(problem)
+        if not any(t.effort == LAST for t in trials):
+            return
+        known = {t.config for t in trials if t.status != OK or t.effort == LAST}
         legal = _legal(problem, self.target)
         todo = [config for config in configs if config not in known and legal(config)]
         if not todo:
@@ -356,42 +359,52 @@ class _Sweep:
             self.keep(problem, device, "trial", {"config": config, "effort": LAST, "measurement": measurement})
 
     def of_lengths(self) -> list[list[Tunable]]:
-        """The sweep's problems that differ in lengths alone, where they do."""
+        """The sweep's problems by what they are but for lengths, where there are several, of earlier sweeps too."""
         kinds: dict[Tunable, list[Tunable]] = {}
         for problem in self.problems:
             kinds.setdefault(_but_lengths(problem), []).append(problem)
-        return [kin for kin in kinds.values() if len(kin) > 1]
+        return [kin for kind, kin in kinds.items() if len({*kin, *self.stored(kind)}) > 1]
 
-    def settle(self, family: Sequence[Tunable], device: str) -> None:
+    def stored(self, kind: Tunable) -> dict[Tunable, Config]:
+        """What is best for problems of this kind, by a playoff of today's templates in this sweep or an earlier one."""
+        fields = {name: value for name, value in kind.fields().items() if name not in kind.LENGTHS}
+        rows = self.current(self.store.best(**fields, **self.place))
+        return {row.problem: row.config for row in rows if row.effort == LAST}
+
+    def settle(self, kin: Sequence[Tunable]) -> None:
         """For each length of a family: whether a neighbour of the config with the best worst case over the lengths up
         to it has a better one, until none has or that is _GOOD.
 
         A neighbour is timed where the worst case is, and elsewhere only if it is faster there.
         """
+        family = list(dict.fromkeys((*kin, *self.stored(_but_lengths(kin[0])))))
+        family = [problem for problem in family if self.played(problem)]
+        if len(family) < 2:
+            return
         spaces = space.load(family[0].op)
         everything = [config for problem in family for config in self.candidates(problem)]
         longest = max(family, key=lambda p: (p.max_kv_len, p.total_kv is None))
         everything += _for_any_length(longest, self.target)
+        home = self.homes[kin[0]]
         for capacity in sorted({p.max_kv_len for p in family}, reverse=True):
-            kin = [p for p in family if p.max_kv_len <= capacity]
-            before: Config | None = None
-            while len(kin) > 1 and not self.stop.is_set() and time.monotonic() < self.deadline:
-                times = {problem: self.played(problem) for problem in kin}
-                config = lookup.robust(
-                    sorted((t for p in kin for t in times[p].values()), key=lambda t: str(t.problem))
-                )
-                if config in (None, before) or any(config not in times[p] for p in kin):
+            within = [p for p in family if p.max_kv_len <= capacity]
+            tried: set[tuple[Config, Tunable]] = set()
+            while len(within) > 1 and not self.stop.is_set() and time.monotonic() < self.deadline:
+                times = {problem: self.played(problem) for problem in within}
+                rows = sorted((t for p in within for t in times[p].values()), key=lambda t: str(t.problem))
+                config = lookup.robust(rows)
+                if config is None or any(config not in times[p] for p in within):
                     break
-                before = config
-                worst = max(kin, key=lambda p: _ratio(times[p], config))
-                if _ratio(times[worst], config) <= _GOOD:
+                worst = max(within, key=lambda p: _ratio(times[p], config))
+                if _ratio(times[worst], config) <= _GOOD or (config, worst) in tried:
                     break
+                tried.add((config, worst))
                 near = space.neighbours(config, everything, spaces)
-                self.play(worst, device, near)
+                self.play(worst, self.homes.get(worst, home), near)
                 there = self.played(worst)
                 better = [c for c in near if c in there and _us(there[c]) < _us(there[config])]
-                for problem in kin:
-                    self.play(problem, device, better)
+                for problem in within:
+                    self.play(problem, self.homes.get(problem, home), better)
 
     def played(self, problem: Tunable) -> dict[Config, Trial]:
         """By config the fastest of its playoffs."""
@@ -406,9 +419,7 @@ class _Sweep:
         kind = _but_lengths(problem)
         with self.lock:
             if kind not in self.families:
-                fields = {name: value for name, value in problem.fields().items() if name not in problem.LENGTHS}
-                rows = self.current(self.store.best(**fields, **self.place))
-                found = {row.problem: row.config for row in rows if row.effort == LAST}
+                found = self.stored(problem)
                 mine = {p: config for p, config in self.winners.items() if _but_lengths(p) == kind}
                 self.families[kind] = found | mine
             return self.families[kind]
@@ -467,7 +478,9 @@ class _Sweep:
         nearest = sorted(kin, key=lambda p: (_apart(p, problem), str(p)))
         return found + [self.winners[p] for p in nearest if legal(self.winners[p])][:1]
 
-    def measure(self, problem: Tunable, device: str, config: Config, effort: int) -> Measurement:
+    def measure(
+        self, problem: Tunable, device: str, config: Config, effort: int, reserve_s: float = 0.0
+    ) -> Measurement:  # fmt: skip
         if self.stop.is_set():
             raise KeyboardInterrupt
         if (fault := self.builds.fault(problem, config)) is not None:
@@ -476,7 +489,7 @@ class _Sweep:
         try:
             return self.pool.measure(
                 device, problem, config, rounds=rounds, window_ms=window_ms, timeout_s=self.timeout_s,
-                prepare_s=max(0.1, self.deadline - time.monotonic()),
+                prepare_s=max(0.1, self.deadline - reserve_s - time.monotonic()),
             )  # fmt: skip
         except TimeoutError as error:  # of a large problem's inputs and reference, which the pool makes first
             raise search.BudgetSpent(str(error)) from None

@@ -148,17 +148,32 @@ def test_a_file_of_rows_holds_what_its_database_holds(made: Callable[..., Path],
     assert [shipped.check(path) for path in files] == [[], []]
 
 
+@pytest.mark.parametrize(
+    ("times", "hinted", "unhinted", "rows"),  # by splits, at 64, 256 and 1024 tokens; who serves at each of them
+    [
+        (  # 16: up to 256 tokens the most robust; 4 up to 1024, best nowhere
+            {1: (5.0, 40.0, 90.0), 4: (6.0, 11.0, 31.0), 8: (9.0, 10.0, 30.0), 2: (20.0, 41.0, 80.0),
+             16: (5.2, 10.2, 60.0)},
+            (1, 8, 8), (16, 4), 3 + 2 + 3,
+        ),
+        (  # up to 256 tokens 4 is the most robust, 8 alike to it and better in the mean, 2 only alike to 8
+            {1: (10.0, 50.0, 50.0), 4: (12.0, 12.0, 20.0), 8: (12.2, 10.5, 20.0), 2: (12.4, 10.0, 10.0)},
+            (1, 2, 2), (8, 2), 3 + 2 + 2 + 1,
+        ),
+    ],
+)  # fmt: skip
 def test_what_is_exported_answers_calls_with_and_without_hints_alike(
-    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    times: dict[int, tuple[float, ...]], hinted: tuple[int, ...], unhinted: tuple[int, ...], rows: int,
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    times = {1: (5.0, 40.0, 90.0), 4: (6.0, 11.0, 31.0), 8: (9.0, 10.0, 30.0), 2: (20.0, 41.0, 80.0)}
-    times[16] = (5.2, 10.2, 60.0)  # up to 256 tokens the most robust
-    rows = [
-        trial(us, n, hinted=True, max_kv_len=kv, effort=sweep.LAST, created=made_at)
-        for n, over in times.items() for kv, us in zip((64, 256, 1024), over, strict=True)
-        for made_at, us in (("2026-01-01", us), ("2026-02-01", us + 0.01))
-    ]  # fmt: skip
-    source = made("a.db", *rows)
+    source = made(
+        "a.db",
+        *(
+            trial(us, n, hinted=True, max_kv_len=kv, effort=sweep.LAST, created=made_at)
+            for n, over in times.items() for kv, us in zip((64, 256, 1024), over, strict=True)
+            for made_at, us in (("2026-01-01", us), ("2026-02-01", us + 0.01))
+        ),
+    )  # fmt: skip
 
     def answers() -> list[Config]:
         lookup.forget()
@@ -168,10 +183,10 @@ def test_what_is_exported_answers_calls_with_and_without_hints_alike(
 
     with settings.scope(tuning_db=source):
         of_database = answers()
-    assert of_database == [config(1), config(8), config(8), config(16), config(4)]
+    assert of_database == [*map(config, (*hinted, *unhinted))]
     (path,) = database.export(source, tmp_path / "out")
     assert shipped.check(path) == []
-    assert len(trials(path)) == 3 + 2 + 3  # the best, and robust ones', which are best nowhere
+    assert len(trials(path)) == rows
     monkeypatch.setattr(shipped.resources, "path", lambda *parts: (tmp_path / "out").joinpath(*parts[1:]))
     assert answers() == of_database
 

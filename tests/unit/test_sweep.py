@@ -306,12 +306,15 @@ def test_neighbours_of_what_is_good_at_all_lengths_are_timed_where_it_is_worst(d
         filled = sweep._Sweep(
             CPU, bench, database, "auto", True, 60.0, "", None, threading.Event(), end, 1, wanted, 3, made
         )  # fmt: skip
-        for problem in wanted:
-            filled.play(problem, "cpu", [start, *best])
+        filled.homes = dict(zip(wanted, ("a", "b", "c"), strict=True))
+        for problem, config in itertools.product(wanted, [start, *best]):
+            found = filled.measure(problem, "a", config, sweep.LAST)
+            filled.keep(problem, "a", "trial", {"config": config, "effort": sweep.LAST, "measurement": found})
         bench.asked.clear()
-        filled.settle(wanted, "cpu")
+        filled.settle(wanted[1:])  # the first is of an earlier sweep
         asked = bench.asked.copy()
-        filled.settle(wanted, "cpu")
+        filled.settle(wanted)
+    assert all(device == filled.homes[problem] for device, problem, _ in asked)
     assert bench.asked == asked
     assert {config for _, problem, config in asked[: len(near)] if problem == wanted[-1]} == set(near)
     elsewhere = [config for _, problem, config in asked if problem != wanted[-1]]
@@ -321,6 +324,43 @@ def test_neighbours_of_what_is_good_at_all_lengths_are_timed_where_it_is_worst(d
         choice = plan.choose(dataclasses.replace(wanted[-1], hinted=False), CPU)
     plan.forget()
     assert choice.config == better
+
+
+def test_each_family_is_settled_and_a_shape_stays_on_its_device(
+    database: store.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, settled = sweep._Sweep.settle, []
+
+    def settle(self: sweep._Sweep, kin: list[DecodeProblem]) -> None:
+        settled.append(list(kin))
+        true(self, kin)
+
+    monkeypatch.setattr(sweep._Sweep, "settle", settle)
+    bench = Bench()
+    few, more = of_lengths(256, 1024), of_lengths(256, 1024, 2048, batch=3)
+    run([*few, *more, *problems(5)], bench, database, devices=["a", "b"])
+    assert settled == [few, more]
+    for problem in (*few, *more):
+        assert len({device for device, asked, _ in bench.asked if asked == problem}) == 1
+    assert len({device for device, *_ in bench.asked}) == 2
+    settled.clear()
+    run(of_lengths(4096, batch=3), bench, database)  # one more length of a family
+    assert settled == [of_lengths(4096, batch=3)]
+
+
+def test_a_shape_without_time_for_its_search_is_not_known_as_finished(database: store.Store) -> None:
+    class Slow(Bench):
+        def measure(self, device: str, problem: DecodeProblem, config: Config, **more: Any) -> Measurement:
+            time.sleep(0.03)
+            return super().measure(device, problem, config, **more)
+
+    wanted = of_lengths(256, 1024, 2048)
+    bench = Slow()
+    run(wanted, bench, database, how="exhaustive", budget_s=1.0)
+    assert {problem for _, problem, _ in bench.asked} != set(wanted)
+    run(wanted, Bench(), database, how="exhaustive")
+    for problem in wanted:
+        assert {t.config for t in database.trials(problem=problem)} >= set(sweep.candidates(problem, CPU))
 
 
 @pytest.mark.parametrize(("lengths", "share"), [((256,), 1.0), ((256, 1024), 1.0 - sweep._PLAYOFFS)])
@@ -343,15 +383,29 @@ def test_neighbours_differ_in_one_row_of_the_space() -> None:
     problem = DecodeProblem(num_heads=16, max_kv_len=4096, hinted=True)
     found = sweep.candidates(problem, HOPPER)
     spaces = space.load("decode")
-    default, *_, one = (c for c in found if c.variant == "decode_narrow_asm")
+    *_, one = (c for c in found if c.variant == "decode_narrow_asm")
     near = space.neighbours(one, found, spaces)
     assert len(near) >= 5
     rows = [str(names).split() for names in spaces[one.variant]]
     for other in found:
-        changed = {name for name, value in one.items() if other.get(name) != value}
+        changed = {name for name, value in one.items() if other.get(name) != value} - {
+            "together"
+        }  # for two splits only
         alike = other.variant == one.variant and any(changed and changed <= set(row) for row in rows)
         assert (other in near) == alike
-    assert space.neighbours(default, found, spaces)  # though it has values that the space has not
+    for heads, batch, length in ((16, 1, 4096), (128, 1, 65536), (128, 16, 16384)):  # however a default is spelt
+        problem = dataclasses.replace(problem, num_heads=heads, batch=batch, max_kv_len=length)
+        found = sweep.candidates(problem, HOPPER)
+        default = next(
+            c for c in found if c.variant.startswith("decode_splitk_asm" if heads > 16 else "decode_narrow_asm")
+        )
+        changed = {
+            name
+            for other in space.neighbours(default, found, spaces)
+            for name, value in default.items()
+            if other.get(name) != value and name != "together"
+        }
+        assert len(changed) > 3, changed
 
 
 def test_what_serves_short_and_long_sequences_differently_is_not_searched_but_timed_at_each_length() -> None:
