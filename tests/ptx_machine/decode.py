@@ -1066,11 +1066,7 @@ def _shfl(d: Decoder) -> Run:
     t = -1 if isinstance(to, Sink) else d.destination(to, "b32")
     p = d.predicate_target(first.second) if isinstance(first, Pair) else -1
 
-    def run(w: Any, m: int) -> None:
-        rows = w.rows
-        member_mask(w, members, m, "shfl.sync")
-        n = rows[b].astype(np.int64) & 31
-        clamp = rows[c].astype(np.int64)
+    def sources(n: Any, clamp: Any) -> tuple[Array, Array]:
         segment, clamp = (clamp >> 8) & 31, clamp & 31
         top = (LANE & segment) | (clamp & ~segment)
         if how == "up":
@@ -1085,7 +1081,25 @@ def _shfl(d: Decoder) -> Run:
         else:
             source = (LANE & segment) | (n & ~segment)
             valid = source <= top
-        source = np.where(valid, source, LANE)
+        return np.where(valid, source, LANE), valid
+
+    same = [int(o.value) if isinstance(o, Immediate) else None for o in d.operands[2:5]]
+    if None not in same and same[2] & FULL == FULL:  # nearly all of them: every warp has the same lanes
+        always, valid_always = sources(same[0] & 31, same[1])
+        bits_always, always = bits(valid_always), always & 31
+    else:
+        always = None
+
+    def run(w: Any, m: int) -> None:
+        rows = w.rows
+        if always is not None and m == FULL:
+            if t >= 0:
+                np.copyto(rows[t], rows[a][always], "unsafe")
+            if p >= 0:
+                set_pred(w, p, bits_always, m)
+            return
+        member_mask(w, members, m, "shfl.sync")
+        source, valid = sources(rows[b].astype(np.int64) & 31, rows[c].astype(np.int64))
         lanes = LANES[m]
         absent = lanes & ~lanes[source & 31]
         if absent.any():
