@@ -213,8 +213,6 @@ def _combines(problem: Any, target: Target, config: Config, change: Mapping[str,
     heads, columns = (change.get(name) or config.int(name) for name in ("combine_h", "combine_d"))
     rows = problem.batch * problem.q_len * problem.num_heads
     programs = -(-rows // heads) * -(-problem.kv_lora_rank // columns)
-    if ahead == 2 * _LEAST_COMBINE:  # two programs an SM; on an H200 up to 9 % faster even where a group has few pieces
-        return programs <= 2 * target.sms
     return n * heads * columns > 2048 * ahead // 2 and programs <= target.sms  # one an SM: it takes most registers
 
 
