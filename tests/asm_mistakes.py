@@ -14,6 +14,7 @@ CHANGES: dict[str, dict[str, object]] = {
     "multicast: ": {"multicast": True, "together": False},
     "multicast, persistent: ": {"multicast": True},
 }  # by how a mistake's name begins, the tunables that reach it
+PAGES = {"in parts: ": 48, "gathered: ": 7}  # by how its name begins, the page size of the only cases that reach it
 PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
@@ -55,6 +56,14 @@ MULTICAST: dict[str, tuple[str, str, str]] = {
 }
 MULTICAST_LOOP = {
     name.replace(":", ", persistent:"): mistake for name, mistake in MULTICAST.items() if "odd tile" not in name
+}
+PARTS: dict[str, tuple[str, str, str]] = {
+    "in parts: pages beyond the end": ("copied.ptx", "    min.s32 t0, t0, t1;\n", ""),
+    "in parts: one page for all": ("copied.ptx", "}}, part;\n    sub.s32 t1", "}}, 0;\n    sub.s32 t1"),
+    "in parts: the start of a page": ("copied.ptx", "{{ m.remainder('t0', 't0', PAGE) }}", "mov.u32 t0, 0;"),
+    "in parts: bytes said by all": ("copied.ptx", "setp.eq.u32 leads, part, 0;", "setp.ge.u32 leads, part, 0;"),
+    "in parts: some are missing": ("copied.ptx", "{{ (PARTS + warps - 1) // warps }};", "{{ PARTS // warps // 2 }};"),
+    "in parts: to one place": ("copied.ptx", "mul.lo.u32 part, part, {{ COPIED }};", "mul.lo.u32 part, part, 0;"),
 }
 COMBINE: dict[str, tuple[str, str, str]] = {
     "combine: ended before stage 1": (
@@ -102,8 +111,8 @@ LOOP: dict[str, tuple[str, str, str]] = {
     ),
     "the producer begins anew": (
         "wide.ptx",
-        f"{_NEXT_FED}{{% endif %}}\n        add.s32 tile",
-        f"{_NEXT_FED}        mov.u32 j, 0;\n{{% endif %}}\n        add.s32 tile",
+        _NEXT_FED,
+        f"{_NEXT_FED}        mov.u32 j, 0;\n",
     ),
 }
 WIDE: dict[str, tuple[str, str, str]] = {
@@ -119,7 +128,7 @@ WIDE: dict[str, tuple[str, str, str]] = {
     ),
     "another's pages": ("pieces.ptx", "cvt.s64.s32 d0, b;", "mov.u64 d0, 0;"),
     "one token for all": ("queries.ptx", "mul.lo.s64 stride, stride, t;", "mov.u64 stride, 0;"),
-    "the second half of a page": ("wide.ptx", "{{ PAGE }}, t0;", "{{ PAGE }}, 0;"),
+    "the second half of a page": ("copied.ptx", "{{ PAGE }}, t0;", "{{ PAGE }}, 0;"),
     "causal off by one": (
         "wide.ptx",
         "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;",
@@ -151,7 +160,8 @@ WIDE: dict[str, tuple[str, str, str]] = {
     "a piece's LSE in the result's base": ("pieces.ptx", "@whole ld.param.f32 {{ dst }}", "ld.param.f32 {{ dst }}"),
     "a piece to the result": ("pieces.ptx", "@!whole bra SAID;", ""),
     "one head's rows": ("pieces.ptx", "mad.lo.s64 {{ dst }}, index, per_head, {{ dst }};", ""),
-    "too few bytes expected": ("wide.ptx", "full(b, i), K_BOX) }}", "full(b, i), K_BOX - 128) }}"),
+    "too few bytes expected": ("wide.ptx", "full(b, i), K_BOX,", "full(b, i), K_BOX - 128,"),
+    **PARTS,
     **TOGETHER,
     **COMBINE,
     **OVERLAP,
@@ -198,6 +208,7 @@ NARROW: dict[str, tuple[str, str, str]] = {
     "V is not zeroed": ("narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
     "gathered: told too early": ("narrow.ptx", "gather.arrive(ns.bars, FED)", "gather.arrive(ns.bars, 2 * FED)"),
     "a box too far": ("narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+    **PARTS,
     **TOGETHER,
     **OVERLAP,
 }

@@ -5,7 +5,7 @@
         [name=value …]
 
 The kernels are the rendered texts, run with the variant's own launches; what makes a work list runs in Triton's
-interpreter. Pages hold whole tiles, if --page is not 0. A case that the variant refuses is said with the reason, and
+interpreter. Pages hold whole tiles by default. A case that the variant refuses is said with the reason, and
 is no failure. --cases mistakes: cases.HARD with each mistake of asm_mistakes.py in the templates, and which none
 noticed; in as many pieces as its file needs.
 The exit status is the number of failures (at most 100).
@@ -25,7 +25,7 @@ from typing import Any
 import cases
 import ptx_machine
 import torch
-from asm_mistakes import CHANGES, MISTAKES, ORDERS, PIECES
+from asm_mistakes import CHANGES, MISTAKES, ORDERS, PAGES, PIECES
 from interpreted_main import RED, interpretable, of_variant, outputs, run_each, say
 
 from mla_jit import ops
@@ -67,8 +67,8 @@ def planted(variant: str, name: str) -> Iterator[None]:
 
 
 def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
-    """The case with pages of at least so many tokens that hold whole tiles, so many splits if it may have any, and at
-    least so many heads, if they belong to one KV head or `heads` are whole pairs of blocks.
+    """The case with pages of so many tokens (that hold whole tiles: perhaps of more), so many splits if it may have
+    any, and at least so many heads, if they belong to one KV head or `heads` are whole pairs of blocks.
 
     With 0 of any as it is.
     """
@@ -76,7 +76,7 @@ def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
         case = dataclasses.replace(case, heads=max(case.heads, heads * case.kv_heads))
     if splits and case.num_kv_splits is None and not case.batch_invariant:
         case = dataclasses.replace(case, num_kv_splits=splits)
-    return dataclasses.replace(case, page=max(page, -(-case.page // 64) * 64)) if page else case
+    return dataclasses.replace(case, page=page if page % 64 else max(page, -(-case.page // 64) * 64)) if page else case
 
 
 def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
@@ -109,7 +109,9 @@ def run_kernel(
             view = binding.views[arg.name]
             element = DTYPES[view.dtype].bytes
             arguments.append(
-                ptx_machine.TensorMap(places[arg.name], view.rows, view.columns, view.row_bytes, element, *arg.block)
+                ptx_machine.TensorMap(
+                    places[arg.name], view.rows, view.columns, view.row_bytes, element, *arg.block, whole=True
+                )
             )
         elif arg.kind == "ptr":
             arguments.append(places[arg.name] + arg.offset)
@@ -183,9 +185,11 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
         pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
         lens, order = ORDERS.get(mistake, (None, seed))
         changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
-        for case in (
-            hard_cases if lens is None else [dataclasses.replace(cases.HARD[1], lens=lens, num_kv_splits=pieces or 1)]
-        ):
+        page = next((page for name, page in PAGES.items() if mistake.startswith(name)), None)
+        chosen = [case for case in hard_cases if page in (None, case.page)]
+        if lens is not None:
+            chosen = [dataclasses.replace(cases.HARD[1], lens=lens, num_kv_splits=pieces or 1)]
+        for case in chosen:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces and case.num_kv_splits is None else case
             if changes.get("multicast"):
                 hard = fitting(hard, 64, 0, 128)
@@ -214,7 +218,7 @@ def main() -> int:
     parser.add_argument("--cases", choices=["small", "large", "mistakes"], default="small")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run and copies end")
     parser.add_argument(
-        "--page", type=int, default=64, help="at least so many tokens, whole tiles; 0: as the cases have it"
+        "--page", type=int, default=64, help="so many tokens, of whole tiles at least; 0: as in the cases"
     )
     parser.add_argument("--splits", type=int, default=0, help="num_kv_splits of the cases that leave it open")
     parser.add_argument("--heads", type=int, default=0, help="at least so many, of the cases with one KV head")

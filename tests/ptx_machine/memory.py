@@ -101,7 +101,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """What cuTensorMapEncodeTiled would encode for a row-major matrix: elements outside read as zero."""
+    """What cuTensorMapEncodeTiled would encode for a row-major matrix: elements outside read as zero.
+
+    whole: a box with rows outside is a fault, as of a page id that is none.
+    """
 
     address: int
     rows: int
@@ -111,6 +114,7 @@ class TensorMap:
     box_rows: int
     box_columns: int
     swizzle: int = 128
+    whole: bool = False
 
     def __post_init__(self) -> None:
         inner = self.box_columns * self.element_bytes
@@ -135,6 +139,8 @@ class TensorMap:
     def box(self, memory: Memory, x: int, y: int) -> tuple[Array, int]:
         """The bytes of the box at element column x and row y [box_rows, bytes], and how many came from memory."""
         e = self.element_bytes
+        if self.whole and not 0 <= y <= self.rows - self.box_rows:
+            raise MemoryFault(f"a box of rows {y} to {y + self.box_rows - 1} of a tensor of {self.rows}")
         out = np.zeros((self.box_rows, self.box_columns * e), np.uint8)
         top, bottom = max(y, 0), min(y + self.box_rows, self.rows)
         left, right = max(x, 0), min(x + self.box_columns, self.columns)

@@ -42,7 +42,7 @@ FACTORS: dict[str, list[Any]] = {
     "dims": [(512, 64), (256, 32), (512, 0), (384, 64), (80, 24)],
     "dtype": ["bf16", "fp16"],
     "out_dtype": ["same", "fp32"],
-    "page_size": [64, 256, 32, 16, 1],
+    "page_size": [64, 256, 32, 16, 8, 1],
     "block_n": [64, 32],
     "flat_pages": [True, False],
     "q_len": [1, 2, 3],
@@ -64,19 +64,25 @@ FACTORS: dict[str, list[Any]] = {
     "walk": [False, True],
     "multicast": [False, True],
     "short_m": [16, 24, 32],
+}
+COMBINE: dict[str, list[Any]] = {
     "combine": [(1, 512), (1, 64), (1, 128), (1, 256), (4, 512), (8, 64), (2, 256)],  # heads, columns
     "combine_ahead": [8, 16, 32],
-}
+    **{
+        name: FACTORS[name] for name in ("heads", "dims", "dtype", "out_dtype", "page_size", "q_len", "paging", "batch")
+    },
+    **{name: FACTORS[name] for name in ("lse", "context_parallel", "ragged", "index64", "pdl", "walk")},
+}  # what the second kernel is filled in with
 
 
 def allowed(row: Row) -> bool:
-    gathered = row.get("page_size", 64) % row.get("block_n", 64) or not row.get("flat_pages", True)
+    gathered = row.get("page_size", 64) < 8 or not row.get("flat_pages", True)
     if row.get("block_n", 64) == 32 and gathered:
         return False
     return not (row.get("context_parallel") and (row.get("sinks") or row.get("paging") == "csr"))
 
 
-ROWS = covering.pairwise(FACTORS, allowed)
+ROWS, COMBINE_ROWS = covering.pairwise(FACTORS, allowed), covering.pairwise(COMBINE, allowed)
 
 
 def problem_of(row: Row) -> DecodeProblem:
@@ -96,29 +102,38 @@ def problem_of(row: Row) -> DecodeProblem:
 
 def assembled(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
     """(name, artifact, constants) of the kernels of each variant that serves the row. For a child process."""
-    found = {}
+    found = []
     with settings.scope(bounded_waits=row["bounded"]):
         for variant in (WIDE, NARROW, PAIR, MIXED, PERSISTENT):
             problem = problem_of(row)
             if variant is MIXED:  # for one sequence in many pieces
                 problem = dataclasses.replace(problem, batch=1, num_kv_splits=None)
-            tile = dict(zip(("combine_h", "combine_d"), row["combine"], strict=True))
             config = variant.default(problem, HOPPER)
-            config = config.replace(
-                **{
-                    k: v
-                    for k, v in (row | tile).items()
-                    if k in ("lazy", "policy", "pdl", "multicast", "short_m", "combine_ahead", *tile) and k in config
-                }
-            )
+            knobs = ("lazy", "policy", "pdl", "multicast", "short_m")
+            config = config.replace(**{k: row[k] for k in knobs if k in config})
             if variant is WIDE:
                 walk = row["walk"] and row["block_n"] == 64
                 config = config.replace(block_n=row["block_n"], walk=walk, together=not walk)
             if variant.rejects(problem, HOPPER, config) is None:
-                for source in variant.sources(problem, HOPPER, config):
-                    if source.toolchain == "ptx" and source.key not in found:  # all have one combine
-                        found[source.key] = source.name, ptx.compile_source(source), dict(source.constants)
-    return list(found.values())
+                source = next(s for s in variant.sources(problem, HOPPER, config) if s.toolchain == "ptx")
+                found.append((source.name, ptx.compile_source(source), dict(source.constants)))
+    return found
+
+
+def combined(row: Row) -> list[tuple[str, Artifact, dict[str, Any]]]:
+    """The same of the second kernel, of wide and of mixed blocks."""
+    found = []
+    plain = {name: values[0] for name, values in FACTORS.items()}
+    for variant in (WIDE, MIXED):
+        problem = problem_of(plain | row | ({"batch": 1} if variant is MIXED else {}))
+        config = variant.default(problem, HOPPER).replace(
+            combine_h=row["combine"][0], combine_d=row["combine"][1], combine_ahead=row["combine_ahead"],
+            pdl=row["pdl"], num_kv_splits=9, **({"walk": row["walk"], "together": False} if variant is WIDE else {}),
+        )  # fmt: skip
+        if variant.rejects(problem, HOPPER, config) is None:
+            for source in variant.sources(problem, HOPPER, config)[1:]:
+                found.append((source.name, ptx.compile_source(source), dict(source.constants)))
+    return found
 
 
 def source_of(variant: Variant = NARROW, problem: DecodeProblem = PLAIN, which: int = 0, **changes: Any) -> Source:
@@ -140,7 +155,9 @@ def edited(source: Source, file: str, old: str, new: str) -> Source:
 def test_every_knob_is_assembled_within_its_budget() -> None:
     """A pairwise covering array of what a template is filled in with: no spills, and none of ptxas's advice."""
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn")) as pool:
-        outcomes = list(itertools.chain.from_iterable(pool.map(assembled, ROWS)))
+        stages = pool.map(assembled, ROWS), pool.map(combined, COMBINE_ROWS)
+        outcomes = list(itertools.chain.from_iterable(itertools.chain(*stages)))
+    assert sum(name == "decode_combine_asm" for name, *_ in outcomes) >= len(COMBINE_ROWS)
     assert {name for name, *_ in outcomes} == set(FILES)
     for name, artifact, constants in outcomes:
         head = render.header("sm_90a", FILES[name])
@@ -179,16 +196,17 @@ def test_who_walks_and_gathers_has_registers_enough(
 def test_the_roles_registers_fit_the_device(variant: Variant) -> None:
     """What setmaxnreg asks for: a producer's and two consumers' warpgroups share what the program starts with."""
     count = render.header("sm_90a", FILES[variant.name]).registers
-    for producer, consumer in (("producer", "consumer"), ("gathering", "beside")):
+    for producer, consumer in (("producer", "consumer"), ("parts", "beside_parts"), ("gathering", "beside")):
         assert 128 * (count[producer] + 2 * count[consumer]) <= 3 * 128 * count["start"] <= HOPPER.registers_sm
     assert all(each % 8 == 0 for each in count.values())
 
 
 def test_every_pair_occurs() -> None:
-    for a, b in itertools.combinations(FACTORS, 2):
-        seen = {(repr(row[a]), repr(row[b])) for row in ROWS}
-        wanted = {(repr(x), repr(y)) for x, y in itertools.product(FACTORS[a], FACTORS[b]) if allowed({a: x, b: y})}
-        assert wanted == seen, (a, b)
+    for factors, rows in ((FACTORS, ROWS), (COMBINE, COMBINE_ROWS)):
+        for a, b in itertools.combinations(factors, 2):
+            seen = {(repr(row[a]), repr(row[b])) for row in rows}
+            wanted = {(repr(x), repr(y)) for x, y in itertools.product(factors[a], factors[b]) if allowed({a: x, b: y})}
+            assert wanted == seen, (a, b)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +214,7 @@ def test_every_pair_occurs() -> None:
     [
         (WIDE, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128)),
         (NARROW, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
-        (PAIR, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128)),
+        (PAIR, DecodeProblem(num_heads=8, batch=64, kv_lora_rank=128, page_size=1)),
         (WIDE, DecodeProblem(num_heads=128, batch=65, kv_lora_rank=128)),
         (PERSISTENT, DecodeProblem(num_heads=128, batch=64, kv_lora_rank=128, lse=True)),
         (MIXED, DecodeProblem(num_heads=128, kv_lora_rank=128, lse=True)),
@@ -328,6 +346,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
     assert edited(source, "macros.ptx", "wgmma.fence", "wgmma.fence ").key != source.key
     assert [name for name, _ in json.loads(source.content)] == [
         "decode_narrow.ptx",
+        "copied.ptx",
         "gather.ptx",
         "macros.ptx",
         "narrow.ptx",
@@ -351,7 +370,8 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         ({"num_heads": 64, "q_len": 2, "ragged": True}, False),  # a sequence with one token has one block
         ({"num_heads": 128, "q_len": 3, "ragged": True}, True),
         ({"num_heads": 256, "num_kv_heads": 2}, True),
-        ({"num_heads": 128, "page_size": 16}, False),
+        ({"num_heads": 128, "page_size": 16}, True),
+        ({"num_heads": 128, "page_size": 4}, False),  # gathered
         ({"num_heads": 128, "q_len": 0}, False),
         ({"num_heads": 128, "num_kv_splits": 2}, False),  # put together by clusters
     ],

@@ -1086,6 +1086,17 @@ def test_rows_outside_a_tensor_are_zero() -> None:
     assert gemm(gemm_text(), tiles=2, rows=100, checks=False)[0] < 2e-3
 
 
+def test_of_a_whole_tensor_rows_outside_are_a_fault() -> None:
+    data = np.arange(100 * 128, dtype=np.uint8).reshape(100, 128)
+    memory = pm.Memory()
+    memory.add("data", data.ctypes.data, data.nbytes)
+    boxes = pm.TensorMap(data.ctypes.data, 100, 64, 128, 2, 16, 64, whole=True)
+    np.testing.assert_array_equal(boxes.box(memory, 0, 84)[0], data[84:])
+    for y in (-1, 85, 2**31 - 1):
+        with pytest.raises(pm.MemoryFault, match="of a tensor of 100"):
+            boxes.box(memory, 0, y)
+
+
 def test_gemm_assembles(tmp_path: Path) -> None:
     assemble(gemm_text(), tmp_path / "gemm.ptx")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from mla_jit.target import Target
 
 _BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
 _BOX_BYTES = _BOX * _BOX * 2
+_LEAST_COPIED = 8  # tokens of a copy, the rows over which a swizzle repeats; copies of four are slower than gathering
 _NARROW = 32  # rows for which Oᵀ stays in registers
 _TILES = 5  # that the ring holds at most; of copied ones, with one consumer, _COPIED_TILES
 _COPIED_TILES = 2
@@ -62,9 +64,14 @@ class Template:
     tiles: tuple[int, ...]  # of block_n
 
 
+def _copied(p: DecodeProblem, config: Config) -> int:
+    """Tokens of a bulk copy: as many as lie in one page wherever a tile begins."""
+    return math.gcd(p.page_size, config.int("block_n"))
+
+
 def _gathers(p: DecodeProblem, config: Config) -> bool:
-    """Whether tiles are gathered token by token: a page does not hold whole tiles, or pages do not lie in a row."""
-    return bool(p.page_size % config.int("block_n")) or not p.flat_pages
+    """Whether tiles are gathered token by token: pages hold few of a tile's together, or do not lie in a row."""
+    return _copied(p, config) < _LEAST_COPIED or not p.flat_pages
 
 
 def _boxes(p: DecodeProblem) -> int:
@@ -223,8 +230,6 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     heads, columns, ahead = _combine_default(p, target)
     like = {name: value for name, value in gluon.default(p, target).items() if name != "combine_s"}
     like |= {"block_m": template.block(p, target), "combine_h": heads, "combine_d": columns, "combine_ahead": ahead}
-    if p.page_size % _BOX and p.page_size % min(template.tiles) == 0:
-        like["block_n"] = min(template.tiles)  # copied, not gathered
     if template is WIDE:
         like |= {"walk": False, "multicast": _long(p)}
     if template is MIXED:
@@ -272,8 +277,8 @@ def _shared_constants(template: Template, p: DecodeProblem, target: Target, conf
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "LAZY": bool(config["lazy"]), "POLICY": config.text("policy"),
-        "TOKENS": config.int("block_n"), "GATHER": _gathers(p, config), "CAUSAL": p.causal and p.q_len > 1,
-        "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
+        "TOKENS": config.int("block_n"), "COPIED": _copied(p, config), "GATHER": _gathers(p, config),
+        "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
     }  # fmt: skip
 
@@ -301,7 +306,7 @@ def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]
     found = []
     for name, kind, arg in arguments:
         if arg.kind == "tma":
-            box = (config.int("block_n"), _BOX)
+            box = (_copied(p, config), _BOX)
             kind, arg = f"tma<{p.kv_dtype}[{box[0]},{box[1]}]>", dataclasses.replace(arg, block=box)
         if name not in unread:
             found.append((name, kind, arg))
