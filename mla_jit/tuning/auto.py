@@ -47,7 +47,7 @@ def autotune(budget_s: float = 60.0, search: str = "auto", db: Path | str | None
     block. A DecodePlan made before it may be too small by then: make it again.
 
     A call with hints is tuned at these. One without is tuned at 1024 and 8192 tokens and at its capacity, as far as it
-    reaches and memory allows, and served with what does best in the worst case over them. One thread tunes at a time;
+    reaches and memory allows, and served with what is steady over them (lookup.py). One thread tunes at a time;
     the others wait. Of several ranks let one tune, and give its choices to the others (`export_plan`, `load_plan`).
 
     budget_s: seconds of tuning in the whole block, compiling and the start of workers among them; looked at before each

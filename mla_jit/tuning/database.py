@@ -113,8 +113,8 @@ def show(source: Path) -> Contents:
 def export(source: Path, directory: Path) -> dict[Path, int]:
     """Writes what a lookup needs as <directory>/<device>/<op>.jsonl, as the package ships it; the rows by file.
 
-    These are the best rows; and of problems that differ in lengths alone, for each length, those of the config with the
-    best worst case over the lengths up to it, which a call without hints is given whose table holds as many tokens.
+    These are the best rows; and of problems that differ in lengths alone, for each length, those of the config that is
+    steady over the lengths up to it, which a call without hints is given whose table holds as many tokens.
     """
     groups: dict[Path, dict[tuple[object, ...], Trial]] = {}
     with opened(source) as held:

@@ -68,7 +68,7 @@ def test_without_hints_several_lengths_are_tuned(database: Path) -> None:
     with mla_jit.autotune(2 * BUDGET_S):
         dispatch = served(dataclasses.replace(PROBLEM, max_kv_len=16384, hinted=False))
     assert dispatch.provenance == "measured"
-    assert dispatch.why.startswith("best worst case over kv 1024, 8192, 16384; ")
+    assert dispatch.why.startswith("steady over kv 1024, 8192, 16384; ")
     assert lengths(database) == {1024, 8192, 16384}
 
 

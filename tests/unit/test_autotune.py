@@ -137,7 +137,7 @@ def test_without_hints_the_lengths_that_the_capacity_may_stand_for_are_tuned(
     with mla_jit.autotune():
         dispatch = decode(asked)
     assert dispatch.provenance == "measured"
-    assert dispatch.why.startswith("best worst case over kv 8, 32; ")
+    assert dispatch.why.startswith("steady over kv 8, 32; ")
     assert {t.problem for t in stored(database)} == {dataclasses.replace(SMALL, max_kv_len=n) for n in (8, 32)}
     assert decode(SMALL).provenance == "measured"  # the capacity as a hint
 

@@ -149,13 +149,13 @@ def test_nothing_is_known_but_the_capacity(database: Path) -> None:
     fill(database, rows(even, num_heads=32))
     assert chosen(unhinted(131072, num_heads=32)) == (4, "measured")
     why = plan.choose(unhinted(131072), HERE).why
-    assert why.startswith("best worst case over kv 1024, 4096 (mean 512), 4096, 16384 (mean 2048), 16384; the user's ")
+    assert why.startswith("steady over kv 1024, 4096 (mean 512), 4096, 16384 (mean 2048), 16384; the user's ")
 
 
 def test_the_distributions_of_one_length_are_cases_too(database: Path) -> None:
     fill(database, rows({case: column for case, column in TIMES.items() if case[0] == 4096}))
-    # 2: 1.6, 4: 1.6, 8: 1.15, 16: 1.2 times the best
-    assert chosen(unhinted(4096)) == chosen(unhinted(131072)) == (8, "measured")
+    # 2: 1.6, 4: 1.6, 8: 1.15, 16: 1.2 times the best at worst; the last two are alike, 16 the better in the mean
+    assert chosen(unhinted(4096)) == chosen(unhinted(131072)) == (16, "measured")
 
 
 def test_a_capacity_below_all_lengths_gets_the_default_one_beyond_them_the_worst_case(database: Path) -> None:

@@ -240,7 +240,7 @@ def test_the_best_of_other_lengths_are_timed_at_each_length(database: store.Stor
         plan.forget()
         choice = plan.choose(unhinted, CPU)
     plan.forget()
-    assert "best worst case over kv 256, 1024, 2048" in choice.why
+    assert "steady over kv 256, 1024, 2048" in choice.why
     again = ByLength()
     run([*wanted, *problems(3)], again, database)
     assert again.asked == []
@@ -571,7 +571,7 @@ def test_the_best_of_chunks_behind_other_prefixes_are_timed_at_each(database: st
     unknown = dataclasses.replace(wanted[-1], hinted=False, max_kv_len=4096)
     with settings.scope(tuning_db=database.path):
         plan.forget()
-        assert "best worst case over kv 64, 256, 1024, 2048" in plan.choose(unknown, CPU).why
+        assert "steady over kv 64, 256, 1024, 2048" in plan.choose(unknown, CPU).why
     plan.forget()
     other = chunks(2048, q_len=128)
     run(other, ByLength(), database, how="exhaustive")  # type: ignore[arg-type]
