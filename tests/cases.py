@@ -694,4 +694,11 @@ GPU: tuple[Case, ...] = (
     Case(heads=64, **PLAIN, lens=tuple(i * 131 % 900 for i in range(300))),
     Case(heads=8, **PLAIN, lens=tuple(i * 37 % 130 for i in range(1100))),
     Case(heads=64, **PLAIN, lens=tuple(i * i % 1700 for i in range(20))),
+    # pages that hold parts of a tile, of 8, 16 and 32 tokens together
+    Case(heads=16, **PLAIN | {"page": 8}, lens=(1000, 63, 0, 129)),
+    Case(heads=128, **PLAIN | {"page": 48}, lens=(3000, 47, 97), q_len=2),
+    Case(heads=40, **PLAIN | {"page": 24}, lens=(2000, 1, 500), csr=True),
+    Case(heads=128, **PLAIN | {"page": 96}, lens=tuple(i * 131 % 900 for i in range(40)), sinks=True),
+    Case(heads=128, **PLAIN | {"page": 16, "C": 128, "R": 0}, lens=(3000, 2000)),
+    Case(heads=64, **PLAIN | {"page": 80}, lens=(1200, 79), q_lens=(3, 1), cap=20.0),
 )

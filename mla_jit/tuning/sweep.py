@@ -38,8 +38,8 @@ LENGTHS = ("even", "ragged", *MIXES)  # how the lengths of a batch are distribut
 _SHARES = 5  # even shares of the time left that a shape may take
 _PLAYOFFS = 0.15  # of the budget, at the end, for playoffs between lengths
 _FEW = 4  # sequences, beyond which blocks of 64 rows fill the device however short they are
-_GOOD = 1.05  # a worst case that is not looked to be improved
-_STEADY = 3  # configs with the best worst cases over a family's lengths that are timed at each
+_GOOD = 1.05  # times the fastest: a case that is not looked to be improved
+_STEADY = 3  # configs that are steady over a family's lengths (`lookup.by_worst_case`), timed at each
 _AHEAD = 6  # shapes whose kernels are compiled before their turn
 _SHORTEST = 128  # tokens of a ragged batch's shortest sequence
 Event = Callable[[str, dict[str, Any]], None]
@@ -372,10 +372,11 @@ class _Sweep:
         return {row.problem: row.config for row in rows if row.effort == LAST}
 
     def settle(self, kin: Sequence[Tunable]) -> None:
-        """For each length of a family: whether a neighbour of the config with the best worst case over the lengths up
-        to it has a better one, until none has or that is _GOOD.
+        """For each length of a family: whether a neighbour of the config that is steady over the lengths up to it
+        (`lookup.robust`) is better, until none is or each length is _GOOD.
 
-        A neighbour is timed where the worst case is, and elsewhere only if it is faster there.
+        A neighbour is timed where the config is worst, then where it is next to worst, and elsewhere only if it is
+        faster there.
         """
         family = list(dict.fromkeys((*kin, *self.stored(_but_lengths(kin[0])))))
         family = [problem for problem in family if self.played(problem)]
@@ -395,9 +396,10 @@ class _Sweep:
                 config = lookup.robust(rows)
                 if config is None or any(config not in times[p] for p in within):
                     break
-                worst = max(within, key=lambda p: _ratio(times[p], config))
-                if _ratio(times[worst], config) <= _GOOD or (config, worst) in tried:
+                bad = [p for p in within if _ratio(times[p], config) > _GOOD and (config, p) not in tried]
+                if not bad:
                     break
+                worst = max(bad, key=lambda p: _ratio(times[p], config))
                 tried.add((config, worst))
                 near = space.neighbours(config, everything, spaces)
                 self.play(worst, self.homes.get(worst, home), near)
@@ -425,8 +427,8 @@ class _Sweep:
             return self.families[kind]
 
     def steadiest(self, problem: Tunable) -> list[Config]:
-        """The configs with the best worst cases over the family's lengths up to this one, and up to each greater one,
-        of those that were timed at each of them.
+        """The configs that are steady over the family's lengths up to this one, and up to each greater one, of those
+        that were timed at each of them.
 
         So far, by whatever effort: where searches were exhaustive, one may be good everywhere that is nowhere the best.
         """

@@ -69,7 +69,7 @@ def accepted(name: str) -> list[cases.Case]:
         config = variant.default(DecodeProblem(num_heads=max(1, rows)), hopper)
         problem = DecodeProblem(num_heads=max(1, rows), kv_lora_rank=case.C, rope_dim=case.R, batch=len(case.lens))
         if name in SHARED and (
-            case.page % 64 or -(-rows // 64) % 2 or (case.q_lens and case.heads // case.kv_heads % 128)
+            case.page % 8 or -(-rows // 64) % 2 or (case.q_lens and case.heads // case.kv_heads % 128)
         ):
             continue  # nothing to share
         if SHARED.get(name, name) == WALK and (len(case.lens) == 1 or case.num_kv_splits or case.batch_invariant):

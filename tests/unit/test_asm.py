@@ -178,13 +178,16 @@ def test_every_knob_is_assembled_within_its_budget() -> None:
         (12, 256, 32, 256, {"q_len": 2, "paging": "csr", "has_lens": False}),
         (128, 512, 64, 1, {}),
         (64, 512, 64, 256, {"q_len": 2, "paging": "csr", "has_lens": False, "soft_cap": True}),
+        (64, 384, 64, 24, {"q_len": 2, "paging": "csr", "has_lens": False, "out_dtype": "fp32", "flat_pages": True}),
+        (40, 512, 64, 48, {"ragged": True, "soft_cap": True, "context_parallel": True, "flat_pages": True}),
     ],
 )
 def test_who_walks_and_gathers_has_registers_enough(
     heads: int, rank: int, rope: int, page: int, fields: dict[str, Any]
 ) -> None:
     """Pages, strides and a walk meet in the 72 registers of those that gather, results and addresses in the 216 of the
-    consumers beside them: a few bytes of stack, not a refusal. The first four once took 32."""
+    consumers beside them: a few bytes of stack, not a refusal. The first four once took 32; the last two are copied
+    in parts."""
     given = {"batch": 40, "flat_pages": False, "max_kv_len": 8192, "lse": True} | fields
     problem = DecodeProblem(num_heads=heads, kv_lora_rank=rank, rope_dim=rope, page_size=page, **given)
     assert ptx.compile_source(source_of(WIDE, problem, walk=True, together=False)).spill_bytes <= 16
@@ -372,6 +375,9 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         ({"num_heads": 256, "num_kv_heads": 2}, True),
         ({"num_heads": 128, "page_size": 16}, True),
         ({"num_heads": 128, "page_size": 4}, False),  # gathered
+        ({"num_heads": 128, "page_size": 16, "kv_lora_rank": 128}, True),
+        ({"num_heads": 128, "page_size": 64, "kv_lora_rank": 128, "rope_dim": 0}, True),
+        ({"num_heads": 128, "page_size": 16, "kv_lora_rank": 128, "rope_dim": 0}, False),  # a lane with nothing to copy
         ({"num_heads": 128, "q_len": 0}, False),
         ({"num_heads": 128, "num_kv_splits": 2}, False),  # put together by clusters
     ],

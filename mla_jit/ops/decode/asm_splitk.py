@@ -406,8 +406,12 @@ def _together(p: DecodeProblem, config: Config) -> bool:
 
 def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
     """Whether the tunable `multicast` has an effect: programs of two blocks of rows are a cluster, and each copies half
-    of each tile to both. In each sequence both have rows, or neither; not with bounded waits, as for `together`."""
+    of each tile to both. In each sequence both have rows, or neither; not with bounded waits, as for `together`.
+
+    Nor in parts of so few boxes that a lane has none after it has waited for the second half of a buffer: nothing would
+    keep that from being filled and freed again meanwhile, with the parity that the lane waits to see the end of."""
     pairs = -(-max(p.rows, 1) // _BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * _BOX) == 0)
+    pairs &= _copied(p, config) == config.int("block_n") or _boxes(p) > 2 or p.rope_dim > 0
     free = not _gathers(p, config) and not settings.current().bounded_waits
     return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
 
