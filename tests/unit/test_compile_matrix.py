@@ -73,7 +73,7 @@ GLUON = {
     "dtypes": ["bf16", "fp16"],
     "heads": [(128, 1), (12, 1), (40, 2)],
     "page_size": [64, 256],
-    "dims": [(512, 64), (256, 64), (512, 0)],
+    "dims": [(512, 64), (256, 64), (256, 0)],
     "q_len": [1, 2],
     "paging": ["table", "csr"],
     "soft_cap": [False, True],
@@ -169,9 +169,17 @@ def name_of(row: Row) -> str:
     return f"{row['target']}-{q}x{kv}-h{row['heads'][0]}-p{row['page_size']}{scaled}"
 
 
+def quick(row: Row) -> bool:
+    """What the array has, without --full: AMD's own fp8, which is made of integers elsewhere and takes three times as
+    long to compile, with large dims on AMD alone."""
+    own = targets.by_name(row.get("target", "gfx942")).runtime == "hip"
+    emulated = not own and "fp8_e4m3fnuz" in row.get("dtypes", ())
+    return allowed_problem(row) and not (emulated and row.get("dims", PROBLEMS["dims"][0]) != PROBLEMS["dims"][0])
+
+
 ASCENDING = ("heads", "dims", "scaled")  # listed by what a compiler needs for them, the least first
 
-PROBLEM_ROWS = covering.pairwise(PROBLEMS, allowed_problem, ASCENDING)
+PROBLEM_ROWS = covering.pairwise(PROBLEMS, quick, ASCENDING)
 KNOB_ROWS = covering.pairwise(KNOBS, allowed_knobs)
 COMBINE_ROWS = covering.pairwise(COMBINE, allowed_combine)
 GLUON_ROWS = covering.pairwise(GLUON, allowed_problem)
@@ -281,7 +289,7 @@ def test_every_supported_cell_is_compiled() -> None:
 @pytest.mark.parametrize("which", ["problems", "knobs", "combine", "gluon"])
 def test_every_pair_occurs(which: str) -> None:
     rows, factors, allowed = {
-        "problems": (PROBLEM_ROWS, PROBLEMS, allowed_problem),
+        "problems": (PROBLEM_ROWS, PROBLEMS, quick),
         "knobs": (KNOB_ROWS, KNOBS, allowed_knobs),
         "combine": (COMBINE_ROWS, COMBINE, allowed_combine),
         "gluon": (GLUON_ROWS, GLUON, allowed_problem),
