@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mla_jit import resources
@@ -54,7 +55,8 @@ def candidates(
     ]  # fmt: skip
     ranked = [pair for pair in ranked if pair not in of_uneven[1:]]  # the cheapest of them stands for all
     found: dict[tuple[Any, ...], Config] = {}
-    seen = {variant.name: _Identity(problem, target, variant, default) for variant, default in defaults}
+    known: dict[Any, int] = {}
+    seen = {variant.name: _Identity(problem, target, variant, default, known) for variant, default in defaults}
     for variant, config in itertools.chain(ranked, _products(problem, target, defaults, spaces)):
         if variant.rejects(problem, target, config) is None:
             found.setdefault(seen[variant.name].of(config), config)
@@ -126,6 +128,22 @@ def _tiles(problem: DecodeProblem, config: Config) -> int:
     return max(1, -(-length(problem) // config.int("block_n")))
 
 
+Items = tuple[tuple[str, Value], ...]
+
+
+def _parts(config: Config, names: Sequence[str]) -> tuple[Callable[[Items], Items], Callable[[Items], Items]]:
+    """What gives, of the items of a config of this variant, those of these names, and the others. By place: all such
+    configs have the same names, and thousands are asked."""
+
+    def of(places: Sequence[int]) -> Callable[[Items], Items]:
+        if len(places) > 1:
+            return operator.itemgetter(*places)
+        return lambda items: tuple([items[place] for place in places])
+
+    mine = [place for place, name in enumerate(config) if name in names]
+    return of(mine), of([place for place in range(len(config)) if place not in mine])
+
+
 class _Identity:
     """What of a variant's configs makes a difference for a problem; configs of equal identity do the same work.
 
@@ -133,10 +151,14 @@ class _Identity:
     depend on how partials are combined, nor the others on anything but that and, alike for all, on the first.
     """
 
-    def __init__(self, problem: Tunable, target: Target, variant: Variant, default: Config) -> None:
+    def __init__(
+        self, problem: Tunable, target: Target, variant: Variant, default: Config, known: dict[Any, int]
+    ) -> None:  # fmt: skip
         self.problem, self.target, self.variant, self.default = problem, target, variant, default
+        self.known = known  # kernels by number, those of other variants too: a number is hashed more quickly
         self.parts: dict[Any, Any] = {}
         self.cut: dict[Any, Any] = {}  # by all of a config but its combine: the first kernel, the splits, pieces
+        self.combine, self.but_combine = _parts(default, _COMBINED)[0], _parts(default, _COMBINE)[1]
 
     def of(self, config: Config) -> tuple[Any, ...]:
         if self.variant.host is not None:
@@ -144,7 +166,7 @@ class _Identity:
         if "num_kv_splits" not in config:  # no slots to cut a sequence into
             kernel = self._kernels(tuple([item for item in config.items_ if item[0] not in _NOT_COMPILED]))[0]
             return (kernel, tuple([item for item in config.items_ if item[0] in _NOT_COMPILED]))
-        but_combine = tuple([item for item in config.items_ if item[0] not in _COMBINE])
+        but_combine = self.but_combine(config.items_)
         if (found := self.cut.get(but_combine)) is None:
             # one, two and more may be of different kernels
             splits = ("num_kv_splits", min(3, config.int("num_kv_splits")))
@@ -154,14 +176,14 @@ class _Identity:
         kernel, splits, count = found
         if count == 1:
             return (kernel, (), count)
-        combine = tuple([item for item in config.items_ if item[0] in _COMBINED])
-        return (kernel, self._kernels((*combine, splits))[1:], count)
+        return (kernel, self._kernels((*self.combine(config.items_), splits))[1:], count)
 
     def _kernels(self, part: tuple[tuple[str, Value], ...]) -> tuple[Any, ...]:
         """Of the default with these values."""
         if part not in self.parts:
             changed = self.default.replace(**dict(part))
-            self.parts[part] = self.variant.sources(self.problem, self.target, changed)
+            sources = self.variant.sources(self.problem, self.target, changed)
+            self.parts[part] = tuple([self.known.setdefault(source, len(self.known)) for source in sources])
         found: tuple[Any, ...] = self.parts[part]
         return found
 

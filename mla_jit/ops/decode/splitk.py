@@ -125,13 +125,14 @@ def _refuses(p: DecodeProblem, target: Target, config: Config) -> str | None:
             return f"{target.name} has no bulk tensor copies"
         if (reason := _no_tma(p, config)) is not None:
             return reason
-    results = config.int("block_m") * _pow2(p.kv_lora_rank, 16)
+    columns = _pow2(p.kv_lora_rank, 16)
+    results = config.int("block_m") * columns
     a_thread = results // (config.int("num_warps") * int(target.triton[2]))
     if a_thread >= target.registers and not target.has("tmem"):
         return f"a block's results take {a_thread} registers of a thread, which has {target.registers}; use more warps"
-    tile = config.int("block_n") * _pow2(p.kv_lora_rank, 16) * kv.bytes
-    if tile * max(1, config.int("num_stages") - 1) > target.smem_bytes:
-        return f"{config.int('num_stages')} stages of {tile} bytes exceed {target.smem_bytes} bytes of shared memory"
+    tile, stages = config.int("block_n") * columns * kv.bytes, config.int("num_stages")
+    if tile * max(1, stages - 1) > target.smem_bytes:
+        return f"{stages} stages of {tile} bytes exceed {target.smem_bytes} bytes of shared memory"
     return None
 
 
