@@ -47,7 +47,7 @@ class Config(Mapping[str, Value]):
             unknown = values.keys() - set(self)
             raise KeyError(f"{self.variant} has no tunable {', '.join(sorted(unknown))}; it has {', '.join(self)}")
         items = tuple(merged.items())
-        made = object.__new__(Config)  # as the constructor would make it, in two thirds of the time
+        made = object.__new__(Config)  # as the constructor would, which would make the dictionary again
         made.__dict__.update(variant=self.variant, items_=items, _values=merged, _hash=hash((self.variant, items)))
         return made
 
