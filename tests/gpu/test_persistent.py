@@ -39,11 +39,12 @@ def built(request: pytest.FixtureRequest) -> dict[cases.Case, cases.Call]:
     """The chosen cases' tensors, with their kernels in the cache."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     calls = {p["listed"]: cases.build(p["listed"], DEVICE) for p in parameters if "listed" in p}
-    problems = [
-        decode_inputs(call.q, call.kv_cache, **call.kwargs, scheduler="persistent").problem for call in calls.values()
-    ]
-    with settings.scope(backends=("triton",)):
-        ahead.build_all(ahead.jobs_of(problems, target.of_device("cuda", 0)).jobs)
+    here, jobs = target.of_device("cuda", 0), []
+    for call in calls.values():
+        problem = decode_inputs(call.q, call.kv_cache, **call.kwargs, scheduler="persistent").problem
+        sources = persistent.sources(problem, here, persistent.default(problem, here))
+        jobs += [ahead.Job(here.name, source, problem) for source in sources]
+    ahead.build_all(list({job.source.key: job for job in jobs}.values()))
     return calls
 
 
@@ -68,18 +69,18 @@ def install(call: cases.Call, config_of: Callable[[DecodeProblem, Target], Confi
 
 
 @pytest.fixture
-def triton_alone() -> Iterator[None]:
-    """Calls are served by Triton's kernels alone."""
-    with settings.scope(backends=("triton",)):
-        mla_jit.reload()
-        yield
+def forgotten() -> Iterator[None]:
+    """Choices that a test has installed are forgotten."""
+    yield
     mla_jit.reload()
 
 
 @pytest.fixture
-def forgotten() -> Iterator[None]:
-    """Choices that a test has installed are forgotten."""
-    yield
+def backends(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Calls are served by these backends alone, by all if none is named."""
+    with settings.scope(backends=request.param):
+        mla_jit.reload()
+        yield
     mla_jit.reload()
 
 
@@ -89,9 +90,10 @@ def decode(call: cases.Call, **more: Any) -> tuple[torch.Tensor, torch.Tensor | 
 
 
 @pytest.mark.parametrize("listed", CASES, ids=lambda c: c.id)
-@pytest.mark.usefixtures("triton_alone")
+@pytest.mark.usefixtures("forgotten")
 def test_case(listed: cases.Case, built: dict[cases.Case, cases.Call]) -> None:
     call = built.pop(listed)
+    assert install(call, persistent.default)
     call.poison()
     out, lse = decode(call, scheduler="persistent")
     cases.check(call, out, lse)
@@ -232,7 +234,13 @@ def test_the_modes(heads: int, wishes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("padded", [256, 1024])
-@pytest.mark.parametrize("repeated", [True, False], ids=["no query tokens", "a query token each"])
+@pytest.mark.parametrize(
+    ("repeated", "backends"),
+    [(True, ()), (False, ()), (True, ("triton",))],
+    ids=["no query tokens", "a query token each", "no query tokens, triton"],
+    indirect=["backends"],
+)
+@pytest.mark.usefixtures("backends")
 def test_padding_costs_less_than_a_percent(heads: int, padded: int, repeated: bool) -> None:
     """128 sequences of 4096 tokens in a call of more, the others empty; calls alternate in graphs, medians count.
 

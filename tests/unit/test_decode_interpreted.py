@@ -49,7 +49,14 @@ RUNS = {
         "tma=true",
     ),
     "gfx942": ("--target=gfx942", "--part=0/4", "block_n=64"),
-    "persistent": ("--variant=decode_persistent_triton", "--target=sm_80", "--part=1/2", "waves=2"),
+    "persistent": (  # with narrow tiles of the combine: few turns, which sum several sequences each
+        "--variant=decode_persistent_triton",
+        "--target=sm_80",
+        "--part=1/2",
+        "waves=2",
+        "combine_h=1",
+        "combine_d=16",
+    ),
     "persistent, few groups": ("--variant=decode_persistent_triton", "--target=sm_80", "--sms=1", "--part=0/3"),
     "persistent, tma": (
         "--variant=decode_persistent_triton",

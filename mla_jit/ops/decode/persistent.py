@@ -24,6 +24,7 @@ _PATH = str(Path(__file__).with_name("triton_persistent.py"))
 UNIT = 64  # tokens of a list's tile: a multiple of every block_n, so that a list does not depend on the config
 _LEAST_M = 16  # the least block_m: a list has counts for as many blocks of rows
 _CHUNK, _WIDE = 256, 1024  # groups, or sequences, that `schedule` looks at together; sequences of large batches
+_SUMMING = 16  # programs of the combine that an SM holds
 MOST_PIECES = 1 << 20  # of a sequence: no bound
 _POINTERS = ("q", "q_pe", "kv", "kpe")
 _MORE_POINTERS = (
@@ -169,7 +170,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Parts:
     kept |= {k: constants[k] for k in ("H", "C", "BLOCK_S", "BLOCK_H", "BLOCK_D", "HAS_LSE")}
     arguments = [found[f"{n}_ptr"] for n in _COMBINE_POINTERS if f"{n}_ptr" in found]
     arguments += _lists(p, ("sums",)) + [found[n] for n in splitk._OUT_STRIDES]
-    return kept, arguments + splitk._scalars(("max_q_len", "lse_mul"))
+    return kept, arguments + splitk._scalars(("batch", "max_q_len", "lse_mul"))
 
 
 def _source(target: Target, function: str, parts: Parts, options: dict[str, Scalar], limits: Limits) -> Source:
@@ -211,7 +212,8 @@ def launches(p: DecodeProblem, target: Target, config: Config) -> tuple[Launch, 
     if config["fold"]:
         return two
     _, heads, columns = splitk._combine_tile(p, _like(config))
-    sums = (max(1, -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch), 1, 1)
+    each = max(1, -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len)  # programs a sequence
+    sums = (each * max(1, min(p.batch, -(-_SUMMING * target.sms // each))), 1, 1)
     return *two, Launch(2, sums, _args(_combine(p, target, config)))
 
 
@@ -273,7 +275,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_PERSISTENT_TRITON = Variant(
-    name=NAME, op="decode", backend="triton", revision=3, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="triton", revision=4, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip

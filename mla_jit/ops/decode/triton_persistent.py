@@ -353,23 +353,35 @@ def decode_persistent(
 @triton.jit
 def combine_listed(
     qo_indptr_ptr, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, sums_ptr,
-    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul,
+    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, batch, max_q_len, lse_mul,
     H: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Sums the partials of a sequence's token, as `combine` does; which they are, `sums_ptr` says."""
+    """Sums the partials of a token of each turns-th sequence, as `combine` does; which they are, `sums_ptr` says.
+
+    There are no more turns than the device holds: what has nothing to sum, such as a graph's padding, costs a look.
+    """
+    FLAGS: tl.constexpr = 32
     COLUMNS: tl.constexpr = (C + BLOCK_D - 1) // BLOCK_D
     GROUPS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     pid = tl.program_id(0)
     column = pid % COLUMNS
     group = (pid // COLUMNS) % GROUPS
     tok = (pid // (COLUMNS * GROUPS)) % max_q_len
-    b = pid // (COLUMNS * GROUPS * max_q_len)
-    first = tl.load(sums_ptr + 3 * b)
-    used = tl.load(sums_ptr + 3 * b + 1)
-    q_first, q_len = _tokens(b, qo_indptr_ptr, max_q_len)
-    q_tok = q_first + tok
-    if (used > 1) and (tok < q_len):
-        _sum_pieces(first, used, q_tok, tok, group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr,
-                    out_stride_t, out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul, H, C, BLOCK_S, BLOCK_H,
-                    BLOCK_D, HAS_LSE)  # fmt: skip
+    turn = pid // (COLUMNS * GROUPS * max_q_len)
+    turns = tl.num_programs(0) // (COLUMNS * GROUPS * max_q_len)
+    offs = tl.arange(0, FLAGS)
+    for b0 in tl.range(turn, batch, turns * FLAGS, num_stages=1):
+        b = b0 + turns * offs
+        cut = tl.load(sums_ptr + 3 * b + 1, mask=b < batch, other=0) > 1
+        found = tl.sum(tl.where(cut, 1, 0) << offs, 0)  # a bit a sequence
+        if found != 0:
+            for k in tl.range(0, FLAGS, num_stages=1):
+                if ((found >> k) & 1) != 0:
+                    each = b0 + turns * k
+                    q_first, q_len = _tokens(each, qo_indptr_ptr, max_q_len)
+                    if tok < q_len:
+                        _sum_pieces(tl.load(sums_ptr + 3 * each), tl.load(sums_ptr + 3 * each + 1), q_first + tok, tok,
+                                    group, column, sinks_ptr, out_ptr, lse_ptr, part_ptr, part_lse_ptr, out_stride_t,
+                                    out_stride_h, lse_stride_t, lse_stride_h, max_q_len, lse_mul, H, C, BLOCK_S,
+                                    BLOCK_H, BLOCK_D, HAS_LSE)  # fmt: skip
