@@ -24,10 +24,28 @@ def run(request: dict[str, Any]) -> None:
     sys.exit(importlib.import_module(request["program"]).main())
 
 
+def read_templates() -> None:
+    """Compiles the assembly templates' texts, which each fork would do anew, by rendering what uses most of them."""
+    from mla_jit import ops, target
+    from mla_jit.compile import render
+    from mla_jit.problem import DecodeProblem
+
+    hopper = target.by_name("sm_90")
+    for variant in ops.every("decode"):
+        for page_size in (1, 64):
+            problem = DecodeProblem(num_heads=16 if "narrow" in variant.name else 128, batch=3, page_size=page_size)
+            config = variant.default(problem, hopper)
+            if variant.backend == "asm" and variant.rejects(problem, hopper, config) is None:
+                for source in variant.sources(problem, hopper, config):
+                    if source.toolchain == "ptx":
+                        render.render(source)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     for name in ("assembled_main", "interpreted_prefill", "interpreted_merge"):  # with what they need, before the forks
         importlib.import_module(name)
+    read_templates()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -13,7 +13,7 @@ from mla_jit.compile import triton as toolchain
 from mla_jit.compile.artifact import Source
 from mla_jit.problem import DecodeProblem
 
-PROBLEM = DecodeProblem(num_heads=16, max_kv_len=131072)
+PROBLEM = DecodeProblem(num_heads=16, kv_lora_rank=96, rope_dim=0, max_kv_len=131072)  # quickly compiled
 
 
 def sources(name: str) -> tuple[Source, ...]:
@@ -26,9 +26,9 @@ def sources(name: str) -> tuple[Source, ...]:
 @pytest.mark.parametrize("name", ["sm_90", "gfx942"])
 def test_threads_compile_at_once_to_the_same_binaries(name: str) -> None:
     alone = [toolchain.compile_source(source).binary for source in sources(name)]
-    with ThreadPoolExecutor(6) as pool:
-        together = list(pool.map(toolchain.compile_source, sources(name) * 3))
-    assert [artifact.binary for artifact in together] == alone * 3
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(toolchain.compile_source, sources(name) * 2))
+    assert [artifact.binary for artifact in together] == alone * 2
 
 
 @pytest.mark.parametrize("before", [None, "0", "1"])

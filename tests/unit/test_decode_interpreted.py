@@ -49,10 +49,11 @@ RUNS = {
         "tma=true",
     ),
     "gfx942": ("--target=gfx942", "--part=0/4", "block_n=64"),
-    "persistent": (  # with narrow tiles of the combine: few turns, which sum several sequences each
+    "persistent": ("--variant=decode_persistent_triton", "--target=sm_80", "--part=1/2", "waves=2"),
+    "persistent, sequences summed in turn": (  # narrow tiles of the combine: a device holds few of its programs
         "--variant=decode_persistent_triton",
         "--target=sm_80",
-        "--part=1/2",
+        "--part=7/8",
         "waves=2",
         "combine_h=1",
         "combine_d=16",

@@ -295,8 +295,7 @@ def test_the_order_of_memory_at_the_count() -> None:
     assert "ld.global" in telling[place:]
 
 
-@pytest.mark.parametrize("name", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize(("heads", "name"), [(16, "sm_90"), (128, "sm_80")])
 def test_a_folded_walk_spills_no_more(heads: int, name: str, cache_dir: str) -> None:
     """Than 64 bytes more: the sum lies outside the loop over tiles."""
     there = target.by_name(name)
