@@ -28,8 +28,11 @@ RAGGED = DecodeProblem(
 NARROW = DecodeProblem(num_heads=64, batch=3, page_size=64, kv_lora_rank=256, rope_dim=0, scheduler="persistent")
 
 
-@pytest.mark.parametrize("problem", [PLAIN, MUCH, RAGGED, NARROW], ids=["plain", "much", "ragged", "no rope"])
-@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize(
+    ("problem", "lazy"),
+    [(PLAIN, True), (PLAIN, False), (MUCH, True), (RAGGED, False), (NARROW, True)],
+    ids=["plain", "plain, not lazy", "much", "ragged, not lazy", "no rope"],
+)
 def test_compiles_without_spills(problem: DecodeProblem, lazy: bool) -> None:
     config = persistent_gluon.default(problem, HOPPER).replace(lazy=lazy)
     assert persistent_gluon.rejects(problem, HOPPER, config) is None
