@@ -236,8 +236,8 @@ def test_the_modes(heads: int, wishes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("padded", [256, 1024])
 @pytest.mark.parametrize(
     ("repeated", "backends"),
-    [(True, ()), (False, ()), (True, ("triton",))],
-    ids=["no query tokens", "a query token each", "no query tokens, triton"],
+    [(True, ()), (False, ()), (True, ("triton",)), (False, ("triton",))],
+    ids=["no query tokens", "a query token each", "no query tokens, triton", "a query token each, triton"],
     indirect=["backends"],
 )
 @pytest.mark.usefixtures("backends")

@@ -74,7 +74,8 @@ def _write_empty(own: gl.constexpr, batch, qo_indptr_ptr, out_ptr, lse_ptr, sums
     groups = gl.num_programs(0) // (gl.cdiv((max_q_len + _zero()) * G, 64) * NUM_KV_HEADS)
     offs = _zero() + gl.arange(0, FLAGS, gl.BlockedLayout([1], [32], [4], [0]))  # every warp has all
     rows = row_block * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    columns = gl.expand_dims(own * WIDTH + _zero() + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), 0)
+    # a multiple of 64, which the compiler can tell: stores are of 16 bytes
+    columns = gl.expand_dims(own * WIDTH + 64 * _zero() + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)), 0)
     nothing = gl.zeros([64, WIDTH], out_ptr.dtype.element_ty, LAYOUT)
     for b0 in range(group, batch, groups * FLAGS):
         b = b0 + groups * offs
@@ -320,7 +321,8 @@ def _consume_listed(HALF_ID: gl.constexpr, q_ptr, q_pe_ptr, lens_ptr, kv_indptr_
             acc = acc * gl.expand_dims(gl.convert_layout(norm, O_ROW, assert_trivial=True), 1)
             o_rows = row_block * 64 + z + gl.arange(0, 64, O_ROW)
             o_ok = gl.expand_dims(o_rows < q_len * G, 1)
-            o_cols = gl.expand_dims(own * WIDTH + z + gl.arange(0, WIDTH, gl.SliceLayout(0, O_LAYOUT)), 0)
+            # a multiple of 64, which the compiler can tell: stores are of two columns, not of one
+            o_cols = gl.expand_dims(own * WIDTH + 64 * z + gl.arange(0, WIDTH, gl.SliceLayout(0, O_LAYOUT)), 0)
             o_tok = o_rows // G
             o_head = kvh * G + o_rows % G
             if whole:

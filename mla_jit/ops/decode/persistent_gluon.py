@@ -121,7 +121,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_PERSISTENT_GLUON = Variant(
-    name=NAME, op="decode", backend="triton", revision=2, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="triton", revision=3, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip
