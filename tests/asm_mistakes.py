@@ -13,9 +13,11 @@ CHANGES: dict[str, dict[str, object]] = {
     "short: ": {"short": 256, "short_m": 8},
     "multicast: ": {"multicast": True, "together": False},
     "multicast, persistent: ": {"multicast": True},
+    "combine, by lengths: ": {"num_kv_splits": 4, "min_tiles": 1, "together": False, "walk": False},
 }  # by how a mistake's name begins, the tunables that reach it
 PAGES = {"in parts: ": 48, "gathered: ": 7}  # by how its name begins, the page size of the only cases that reach it
-PIECES = {"together.ptx": 2, "combine.ptx": 4}  # by file, into how many pieces sequences are cut to reach it
+# By how a mistake's name begins, into how many pieces sequences are cut to reach it.
+PIECES = {"together: ": 2, "sent: ": 2, "combine: ": 4}
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
     "together: gone too early": ("together.ptx", _LAST, "    }"),
@@ -27,6 +29,31 @@ TOGETHER: dict[str, tuple[str, str, str]] = {
         "add.u32 row, peer{{ s }}, e;",
         "add.u32 row, peer{{ SPLITS - 1 - s }}, e;",
     ),
+}
+_RELAXED = "        barrier.cluster.arrive.relaxed.aligned;\n"
+_WAITED = "        barrier.cluster.wait.acquire.aligned;\n"
+_SENT = f"{_RELAXED.replace('relaxed', 'release')}{_WAITED}        bra EXIT;\n"
+SENT: dict[str, tuple[str, str, str]] = {
+    "sent: over buffers in use": (
+        "wide.ptx",
+        "barrier.cluster.arrive.release.aligned;   // here",
+        "barrier.cluster.arrive.relaxed.aligned;   // here",
+    ),
+    "sent: not released": ("wide.ptx", _SENT, f"{_RELAXED}{_WAITED}        bra EXIT;\n"),
+    "sent: not waited for": ("wide.ptx", _RELAXED + _WAITED, _RELAXED),
+    "sent: where results go": ("wide.ptx", "SENT_AT = K[0] + BOXES * BOX", "SENT_AT = K[0]"),
+    "sent: the sums as they are": (
+        "wide.ptx",
+        "l{{ r }}, f{{ 6 + r }}, f{{ 2 + r }}, l{{ r }};",
+        "l{{ r }}, f{{ 6 + r }}, 0f3F800000, l{{ r }};",
+    ),
+    "sent: O as it is": ("wide.ptx", "s{{ e }}, f{{ 2 + e // 2 % 2 }}, o", "s{{ e }}, 0f3F800000, o"),
+    "sent: one's own O as it is": (
+        "wide.ptx",
+        "o{{ 4 * i + e }}, o{{ 4 * i + e }}, f{{ e // 2 % 2 }};",
+        "o{{ 4 * i + e }}, o{{ 4 * i + e }}, 0f3F800000;",
+    ),
+    "sent: to oneself": ("wide.ptx", "xor.b32 t1, split, 1;", "mov.b32 t1, split;"),
 }
 _WAIT, _NEXT = "    griddepcontrol.wait;\n", "    griddepcontrol.launch_dependents;\n"
 OVERLAP: dict[str, tuple[str, str, str]] = {
@@ -72,7 +99,7 @@ COMBINE: dict[str, tuple[str, str, str]] = {
         "    @p bra AHEAD;\n",
     ),
     "combine: lengths by plain loads": ("combine.ptx", "{% set EARLY = PDL %}", "{% set EARLY = false %}"),
-    "combine: lengths before they are there": ("pieces.ptx", "        bar.sync 0;\n    }", "    }"),
+    "combine, by lengths: before they are there": ("pieces.ptx", "        bar.sync 0;\n    }", "    }"),
     "combine: before there are partials": (
         "combine.ptx",
         "{% if PDL %}\n    griddepcontrol.wait;\n{% endif %}\n\n{% macro request",
@@ -89,6 +116,17 @@ COMBINE: dict[str, tuple[str, str, str]] = {
         "combine.ptx",
         "setp.lt.and.s32 ok{{ u }}, s, used, mine;",
         "setp.lt.and.s32 ok{{ u }}, s, num_splits, mine;",
+    ),
+    "combine: the first part alone": ("combine.ptx", "    bra ROWS;\n", ""),
+    "combine: over what groups had": (
+        "combine.ptx",
+        "    bar.sync 0;                                   // what",
+        "    // what",
+    ),
+    "combine, by lengths: even ones as uneven ones": (
+        "combine.ptx",
+        "    @cut bra PIECES;\n",
+        "    @cut bra PIECES;\n    setp.eq.u32 cut, 0, 0;\n",
     ),
     "combine: another head": ("combine.ptx", "mul.lo.s64 d0, d0, {{ H }};", "mul.lo.s64 d0, d0, {{ H + 1 }};"),
 }
@@ -162,7 +200,7 @@ WIDE: dict[str, tuple[str, str, str]] = {
     "one head's rows": ("pieces.ptx", "mad.lo.s64 {{ dst }}, index, per_head, {{ dst }};", ""),
     "too few bytes expected": ("wide.ptx", "full(b, i), K_BOX,", "full(b, i), K_BOX - 128,"),
     **PARTS,
-    **TOGETHER,
+    **SENT,
     **COMBINE,
     **OVERLAP,
     **MULTICAST,
@@ -217,6 +255,7 @@ _FULL = "{% endif %}\n        add.u32 bar, bar, {{ BARRIERS }};"
 ORDERS = {  # by mistake: one sequence this long (None: the usual cases), in a seed's order, shows it
     "a box of the round before": ((700,), 4),
     "combine: ended before stage 1": ((1,), 0),
+    "combine, by lengths: even ones as uneven ones": ((700, 700, 700), 0),
     "multicast, persistent: gone before the other has arrived": (None, 3),
 }
 PAIR: dict[str, tuple[str, str, str]] = {

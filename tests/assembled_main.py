@@ -170,10 +170,10 @@ def judged(
         return {"refused": reason}
     out, lse, said = decode(call, inputs, variant, target, config, seed)
     figures = cases.check(call, out, lse)
-    far = sum(n for op, n in said.instructions.items() if op.startswith("ld.shared::cluster"))
+    far = sum(n for op, n in said.instructions.items() if op.startswith(("ld.shared::cluster", "st.shared::cluster")))
     shared = sum(n for op, n in said.instructions.items() if "multicast" in op)
     line = {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
-    return {**line, "steps": said.steps, "far_reads": far, "multicasts": shared}
+    return {**line, "steps": said.steps, "far": far, "multicasts": shared}
 
 
 def alive(variant: Variant, target: Target, seed: int) -> int:
@@ -182,13 +182,14 @@ def alive(variant: Variant, target: Target, seed: int) -> int:
     hard_cases = cases.HARD_OF.get(variant.name, cases.HARD)
     for mistake in MISTAKES[variant.name]:
         started, killed, stale = time.perf_counter(), "", ""
-        pieces = PIECES.get(MISTAKES[variant.name][mistake][0], 0)
+        pieces = next((count for name, count in PIECES.items() if mistake.startswith(name)), 0)
         lens, order = ORDERS.get(mistake, (None, seed))
         changes = next((changed for name, changed in CHANGES.items() if mistake.startswith(name)), {})
         page = next((page for name, page in PAGES.items() if mistake.startswith(name)), None)
-        chosen = [case for case in hard_cases if page in (None, case.page)]
+        chosen = [case for case in hard_cases if page in (None, case.page) and not (pieces and case.num_kv_splits == 1)]
         if lens is not None:
-            chosen = [dataclasses.replace(cases.HARD[1], lens=lens, num_kv_splits=pieces or 1)]
+            splits = (pieces or 1) if len(lens) == 1 else None
+            chosen = [dataclasses.replace(cases.HARD[0], lens=lens, num_kv_splits=splits)]
         for case in chosen:
             hard = dataclasses.replace(case, num_kv_splits=pieces) if pieces and case.num_kv_splits is None else case
             if changes.get("multicast"):

@@ -130,8 +130,8 @@ def _load_store(d: Decoder) -> Run:
         return _load_param(d, t, rows, at, load)
     if space == "global":
         return _global(d, t, rows, at, load, strong, constant)
-    if space == "shared::cluster" and load:
-        return _load_of_cluster(d, t, rows, at)
+    if space == "shared::cluster":
+        return _of_cluster(d, t, rows, at, load)
     return _shared(d, t, rows, at, load)
 
 
@@ -227,19 +227,22 @@ def _shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
     return run
 
 
-def _load_of_cluster(d: Decoder, t: str, rows: list[int], at: Any) -> Run:
-    """ld.shared::cluster: each lane of the own CTA, or of another where mapa has led it."""
+def _of_cluster(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
+    """ld or st.shared::cluster: each lane of the own CTA, or of another where mapa has led it."""
     row, offset = shared_address(d, at)
+    own = _shared(d, t, rows, at, load)
     size, dtype = WIDTHS[t] // 8, DTYPES[t]
     total = size * len(rows)
-    d.builder.unit_shift = min(d.builder.unit_shift, total.bit_length() - 1)
     shift = size.bit_length() - 1
     name = d.statement.op
 
     def run(w: Any, m: int) -> None:
         addresses, lanes = shared_lanes(w, row, offset, m)
-        count_conflicts(w, name, addresses, total)
         windows = addresses >> WINDOW
+        if not windows.any():
+            own(w, m)
+            return
+        count_conflicts(w, name, addresses, total)
         for window in np.unique(windows).tolist():
             here = windows == window
             places, some = addresses[here] & ((1 << WINDOW) - 1), lanes[here]
@@ -248,13 +251,15 @@ def _load_of_cluster(d: Decoder, t: str, rows: list[int], at: Any) -> Run:
             if shared.checks:
                 units = shared.units(places, total)
                 if shared is w.shared:
-                    shared.read(w.index, units)
+                    (shared.read if load else shared.write)(w.index, units)
                 else:
-                    shared.far_read(w.shared, w.index, units)
+                    (shared.far_read if load else shared.far_write)(w.shared, w.index, units)
             view = shared.views[size]
             index = places >> shift
             for i, r in enumerate(rows):
-                if r >= 0:
+                if not load:
+                    view[index + i] = w.rows[r][some].view(view.dtype)
+                elif r >= 0:
                     w.rows[r][some] = view[index + i].view(dtype)
 
     return run

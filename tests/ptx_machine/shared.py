@@ -5,7 +5,7 @@ the bulk copies that end its phases. Releases (mbarrier arrivals, bar.sync, bar.
 (a successful wait, the end of bar.sync) join it. Per unit of shared memory (4 bytes, less if the kernel has narrower
 accesses) stand the last writer with its epoch, and each warp's last read. An access that is not ordered after what it
 meets is a Race (PTX ISA 8, Memory consistency model; 8.x, Proxies; 9.7.13.15, mbarrier). What other CTAs of the cluster
-have read stands apart, and so do the reads of bulk copies out of shared memory.
+have read and written stands apart, and so do the reads of bulk copies out of shared memory.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SharedMemory:
         self.clock.fill(0)
         self.clock[np.arange(self.n), np.arange(self.n)] = 1
         self.clock[:, self.part(self.rank)] = NEVER  # within a CTA, global memory is not looked at
-        self.far_epoch: Array | None = None  # [rank, warp, unit] of reads by other CTAs, when there is one
+        self.far_epoch: Array | None = None  # [rank, warp, unit] of accesses by other CTAs, when there is one
         self.leaving.fill(0)
         self.copies_out = 0
         self.dirty: list[dict[int, list[Units]]] = [{} for _ in range(self.n)]  # by lanes: writes to fence
@@ -172,6 +172,9 @@ class SharedMemory:
             return f"warp {slot}"
         if slot < 2 * self.n:
             return f"a cp.async of warp {slot - self.n}"
+        if slot >= self.peers:
+            rank, warp = divmod(slot - self.peers, self.peers)
+            return f"warp {warp} of rank {rank} of the cluster"
         for address, (other, _) in self.slot_of.items():
             if other == slot:
                 return f"a bulk copy on mbarrier {self.name(address)}"
@@ -239,7 +242,7 @@ class SharedMemory:
                 rank, reader = np.argwhere(late.any(axis=2))[0].tolist()
                 unit, _ = self.place(units, late[rank, reader])
                 raise Race(
-                    f"{what} of {self.name(unit << self.shift)} is not ordered by barrier.cluster after the read by "
+                    f"{what} of {self.name(unit << self.shift)} is not ordered by barrier.cluster after the access by "
                     f"warp {reader} of rank {rank} of the cluster"
                 )
 
@@ -335,7 +338,7 @@ class SharedMemory:
         self.copies_out -= 1
         self.read_epoch[w, units] = np.maximum(self.read_epoch[w, units], self.clock[w, w])
 
-    # ------------------------------------------------------------------ reads by other CTAs of the cluster
+    # ------------------------------------------------------------------ accesses by other CTAs of the cluster
     def far_read(self, reader: SharedMemory, w: int, units: Units) -> None:
         """By warp w of the CTA of `reader`; what that knows of us, barrier.cluster has told it."""
         flags = self.flags[units]
@@ -348,9 +351,23 @@ class SharedMemory:
                 f"read of rank {self.rank} of the cluster is not ordered by barrier.cluster after the write of "
                 + self.written(unit)
             )
+        self.far_access(reader, w, units)
+
+    def far_write(self, writer: SharedMemory, w: int, units: Units) -> None:
+        """The same of a write. No fence of the writer's is modelled after which the async proxy could meet it here."""
+        what = f"write by rank {writer.rank} of the cluster"
+        self.ordered_write(writer.seen_from(self, writer.clock[w]), units, what)
+        self.flags[units] = 0
+        self.writer[units] = self.part(writer.rank).start + w
+        self.write_epoch[units] = writer.clock[w, w]
+        self.write_pc[units] = writer.pc
+        self.fence_epoch[units] = NEVER
+        self.far_access(writer, w, units)
+
+    def far_access(self, other: SharedMemory, w: int, units: Units) -> None:
         if self.far_epoch is None:
             self.far_epoch = np.zeros((self.cluster, self.n, len(self.flags)), np.int32)
-        self.far_epoch[reader.rank, w, units] = reader.clock[w, w]
+        self.far_epoch[other.rank, w, units] = other.clock[w, w]
 
     def far_known(self, clock: Array) -> Array:
         """[rank, warp] of a clock."""
@@ -365,7 +382,7 @@ class SharedMemory:
             rank, reader = np.argwhere(late)[0].tolist()
             unit = int(self.far_epoch[rank, reader].argmax())
             raise ProtocolError(
-                f"the end of the CTA is not ordered by barrier.cluster after the read of "
+                f"the end of the CTA is not ordered by barrier.cluster after the access to "
                 f"{self.name(unit << self.shift)} by warp {reader} of rank {rank} of the cluster"
             )
 

@@ -238,8 +238,12 @@ def test_every_pair_occurs() -> None:
                 ragged=True,
             ),
         ),
+        (
+            WIDE,
+            DecodeProblem(num_heads=64, kv_lora_rank=128, rope_dim=32, batch=2, num_kv_splits=2, lse=True, sinks=True),
+        ),
     ],
-    ids=["wide", "narrow", "pair", "walk", "persistent", "mixed", "much"],
+    ids=["wide", "narrow", "pair", "walk", "persistent", "mixed", "much", "together"],
 )
 def test_rendered_text_is_as_committed(
     variant: Variant, problem: DecodeProblem, request: pytest.FixtureRequest

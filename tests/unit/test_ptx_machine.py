@@ -599,6 +599,7 @@ FAR = (
 STORE, LOAD = "st.shared.v2.b32 [r10+32], {r6, r9};", "ld.shared::cluster.b32 r8, [r12+32];"
 BARRIER, RELAXED = f"{RELEASE} {ACQUIRE}", f"barrier.cluster.arrive.relaxed.aligned; {ACQUIRE}"
 FAR_READ = f"{STORE} {BARRIER} {LOAD}"
+FAR_WRITE, TAKE = "st.shared::cluster.v2.b32 [r12+32], {r6, r9};", "ld.shared.b32 r8, [r10+32];"
 
 
 def run_far(body: str, threads: int = 32, grid: int = 6, cluster: int = 3, **options: Any) -> np.ndarray:
@@ -606,7 +607,7 @@ def run_far(body: str, threads: int = 32, grid: int = 6, cluster: int = 3, **opt
 
 
 def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
-    """The next CTA's; the own by each of its addresses; of a CTA for each lane; and again after a second round."""
+    """The next CTA's; the own by each of its addresses; of a CTA for each lane; after a second round; and writes."""
     body = f"""
     {STORE} {BARRIER}
     ld.shared::cluster.v2.f32 {{f0, f1}}, [r12+32]; mov.b32 r8, f1; st.global.b32 [put], r8;
@@ -615,6 +616,9 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
     ld.shared::cluster.b32 r18, [r10+32]; mapa.shared::cluster.u32 r14, smem, 0; ld.shared::cluster.b32 r19, [r14+36];
     add.u32 r16, r16, r17; add.u32 r16, r16, r18; add.u32 r16, r16, r19;
     {BARRIER} add.u32 r6, r6, 7; {STORE} {BARRIER} {LOAD}
+    {BARRIER} mapa.shared::cluster.u32 r14, r10, r1; add.u32 r6, r6, 1; {FAR_WRITE}
+    add.u32 r9, r9, 1; st.shared::cluster.b32 [r14+40], r9; {BARRIER}
+    {TAKE.replace("r8", "r17")} ld.shared.b32 r18, [r10+40]; add.u32 r16, r16, r17; add.u32 r16, r16, r18;
     add.u32 r15, r15, r16; add.u32 r15, r15, r8; st.global.b32 [put+2048], r15; {BARRIER}
     """
     assemble(small(FAR + body, 32, CLUSTER_REGS), tmp_path / "far.ptx")
@@ -625,6 +629,9 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
             cta = np.arange(grid)[:, None]
             first = cta // cluster * cluster
             want = (first + LANE % cluster) * 100 + LANE + 3 * (cta * 100 + LANE) + first * 100 + 1000
+            want += (
+                (first + (cta - first - 1) % cluster) * 100 + LANE + 8 + cta * 100 + LANE + 1001
+            )  # written from there
             np.testing.assert_array_equal(out[16 : 16 + grid], want + neighbours(grid, cluster) + 7)
 
 
@@ -637,10 +644,10 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
         ((pm.Race, pm.Uninitialised), "rank|which nothing has", f"{STORE} {RELEASE} {LOAD} {ACQUIRE} {BARRIER}"),
         (pm.Uninitialised, r"by rank \d .* of smem\+", FAR_READ.replace("r12+32", "r12+2048") + BARRIER),
         (pm.Race, r"not ordered by barrier\.cluster", FAR_READ + STORE + BARRIER),
-        (pm.Race, r"write of smem.* after the read by warp 0 of rank", FAR_READ + RELAXED + STORE + BARRIER),
+        (pm.Race, r"write of smem.* after the access by warp 0 of rank", FAR_READ + RELAXED + STORE + BARRIER),
         (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_READ),
         (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_READ + RELEASE),
-        (pm.ProtocolError, r"the end of the CTA .* the read of smem\+\d+ by warp 0 of rank", FAR_READ + RELAXED),
+        (pm.ProtocolError, r"the end of the CTA .* the access to smem\+\d+ by warp 0 of rank", FAR_READ + RELAXED),
         (
             pm.MemoryFault,
             r"CTA \([14], 0, 0\), which has exited",
@@ -652,7 +659,22 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
         (pm.MemoryFault, "multiple of 4", FAR_READ.replace("r12+32", "r12+33") + BARRIER),
         (pm.MemoryFault, "has 3 CTAs", f"add.u32 r12, r12, 0x4000000; {FAR_READ} {BARRIER}"),
         (pm.MemoryFault, r"smem\+\d+ of rank", FAR_READ.replace("ld.shared::cluster", "ld.shared") + BARRIER),
-        (pm.MemoryFault, r"smem\+\d+ of rank", f"{BARRIER} st.shared::cluster.b32 [r12], 0; {BARRIER}"),
+        (pm.MemoryFault, r"smem\+\d+ of rank", f"{BARRIER} st.shared.b32 [r12], 0; {BARRIER}"),
+        (
+            pm.Race,
+            "read is not ordered after the write of .* warp 0 of rank",
+            f"{FAR_WRITE} {RELAXED} {TAKE} {BARRIER}",
+        ),
+        ((pm.Race, pm.Uninitialised), "rank|which nothing has", f"{FAR_WRITE} {TAKE} {BARRIER}"),
+        (pm.Race, "rank .* not ordered after the|not ordered .* rank", f"{STORE} {FAR_WRITE} {BARRIER}"),
+        (
+            pm.Race,
+            r"not ordered after .* rank|by rank \d .* after the read",
+            f"{STORE} {BARRIER} {TAKE} {FAR_WRITE} {BARRIER}",
+        ),
+        (pm.Race, r"write by rank \d .* not ordered after the", f"{STORE} {RELAXED} {FAR_WRITE} {BARRIER}"),
+        (pm.Race, "write is not ordered after the write of .* of rank", f"{FAR_WRITE} {RELAXED} {STORE} {BARRIER}"),
+        (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_WRITE),
     ],
 )
 def test_mistakes_with_shared_memory_of_other_ctas(error: Any, message: str, body: str) -> None:

@@ -34,7 +34,8 @@ _COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
-_AHEAD = (8, 16, 32)  # pieces that its threads have on their way, of 16-bit results; of fp32 ones half as many
+# Pieces that its threads have on their way, of 16-bit results (of fp32 ones half as many): how many of it an SM holds.
+_AHEAD = {8: 3, 16: 2, 32: 1}
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
 _CLUSTER = (
@@ -187,7 +188,7 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
     if config.int("combine_h") * config.int("combine_d") > _COMBINED:
         return f"{config['combine_h']} heads × {config['combine_d']} columns: a program of the combine has {_COMBINED}"
     if config["combine_ahead"] not in _AHEAD:
-        return f"combine_ahead {config['combine_ahead']}: one of {_AHEAD}"
+        return f"combine_ahead {config['combine_ahead']}: one of {', '.join(map(str, _AHEAD))}"
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     if config.get("walk"):
@@ -332,7 +333,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "BATCH_POW2": lanes, "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
         "SHORT": config.get("short", 0),
-        "AT_ONCE": (_AHEAD[0] if p.batch_invariant else config.int("combine_ahead")) * 2 // DTYPES[p.out_dtype].bytes,
+        "AT_ONCE": _ahead(p, config) * 2 // DTYPES[p.out_dtype].bytes, "PER_SM": _AHEAD[_ahead(p, config)],
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
 
@@ -370,6 +371,10 @@ def _combine_tile(p: DecodeProblem, config: Config) -> tuple[int, int]:
     return heads, min(columns, max(64, splitk._pow2(p.kv_lora_rank, 64)))
 
 
+def _ahead(p: DecodeProblem, config: Config) -> int:
+    return min(_AHEAD) if p.batch_invariant else config.int("combine_ahead")
+
+
 def _combine_default(p: DecodeProblem, target: Target) -> tuple[int, int, int]:
     """(heads, columns, combine_ahead): about a program an SM.
 
@@ -380,7 +385,7 @@ def _combine_default(p: DecodeProblem, target: Target) -> tuple[int, int, int]:
     columns = 128 if rows <= 32 else 256 if rows <= 64 else 512
     heads = 4 if rows > 256 else 1
     programs = -(-rows // heads) * -(-p.kv_lora_rank // columns)
-    return heads, columns, _AHEAD[columns > 128 and programs <= 2 * target.sms]
+    return heads, columns, 16 if columns > 128 and programs <= 2 * target.sms else 8
 
 
 def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
@@ -438,7 +443,8 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     if _always_together(p, config) or not splitk._splits(p, config):
         return (stage1,)
     heads, columns = _combine_tile(p, config)
-    grid = (-(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch, 1, 1)
+    parts = -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch
+    grid = (min(parts, target.sms * (_AHEAD[_ahead(p, config)] + 1)), 1, 1)  # 5.5 ns each, and stage 1 waits for all
     combine = tuple(arg for *_, arg in _combine_arguments(p, target, config))
     if together:
         combine = tuple(Arg("i32", "uncut") if arg.name == "num_splits" else arg for arg in combine)
@@ -498,7 +504,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     space: dict[str, tuple[int | str | bool, ...]] = {
         "block_m": template.space, "block_n": template.tiles, "num_warps": (8,), "lazy": (False, True),
         "min_tiles": (1, 2, 4), "pdl": (False, True), "policy": ("evict_first", "evict_normal"),
-        "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS, "combine_ahead": _AHEAD,
+        "together": (False, True), "combine_h": _HEADS, "combine_d": _COLUMNS, "combine_ahead": tuple(_AHEAD),
     }  # fmt: skip
     if template is WIDE:
         space |= {"walk": (False, True), "multicast": (False, True)}
@@ -517,7 +523,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 4)
-DECODE_NARROW_ASM = _variant(NARROW, 4)
-DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 3, measured_only=True)
-DECODE_MIXED_ASM = _variant(MIXED, 2, measured_only=True)
+DECODE_SPLITK_ASM = _variant(WIDE, 5)
+DECODE_NARROW_ASM = _variant(NARROW, 5)
+DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 4, measured_only=True)
+DECODE_MIXED_ASM = _variant(MIXED, 3, measured_only=True)
