@@ -19,7 +19,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import cases
@@ -176,11 +176,11 @@ def judged(
     return {**line, "steps": said.steps, "far": far, "multicasts": shared}
 
 
-def alive(variant: Variant, target: Target, seed: int) -> int:
+def alive(variant: Variant, target: Target, seed: int, mistakes: Sequence[str]) -> int:
     """How many of the mistakes no case notices, or no template has a place for."""
     found = 0
     hard_cases = cases.HARD_OF.get(variant.name, cases.HARD)
-    for mistake in MISTAKES[variant.name]:
+    for mistake in mistakes:
         started, killed, stale = time.perf_counter(), "", ""
         pieces = next((count for name, count in PIECES.items() if mistake.startswith(name)), 0)
         lens, order = ORDERS.get(mistake, (None, seed))
@@ -215,7 +215,7 @@ def main() -> int:
     parser.add_argument("--sms", type=int, default=3, help="of the target; each of its programs is walked in Python")
     parser.add_argument("--dtype", default="fp16")
     parser.add_argument("--only", default="", help="cases whose id contains this")
-    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from case I on")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, or mistake, from the Ith on")
     parser.add_argument("--cases", choices=["small", "large", "mistakes"], default="small")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which warps run and copies end")
     parser.add_argument(
@@ -231,7 +231,7 @@ def main() -> int:
     target = dataclasses.replace(by_name("sm_90"), sms=options.sms)
     first, step = map(int, options.part.split("/"))
     if options.cases == "mistakes":
-        return alive(variant, target, options.seed)
+        return alive(variant, target, options.seed, list(MISTAKES[variant.name])[first::step])
     cases_of = {"small": cases.SMALL, "large": cases.LARGE}[options.cases][first::step]
     fit = [
         of_variant(fitting(interpretable(case, options.dtype), options.page, options.splits, options.heads), variant)

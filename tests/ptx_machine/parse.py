@@ -137,6 +137,13 @@ class _Scope:
     labels: dict[str, int] = field(default_factory=dict)
 
 
+_SPACE = re.compile(r"\s*")
+_LABEL = re.compile(rf"({NAME})\s*:(?!:)")
+_INSTRUCTION = re.compile(rf"(?:@(!?)\s*({NAME})\s+)?([a-z][\w.:]*)(?:\s+(.*))?")
+_INTEGER = re.compile(r"(-?)\s*(0[xX][0-9a-fA-F]+|0[bB][01]+|0[0-7]*|[1-9]\d*)U?")
+_BASE = re.compile(r"([^\s+-]+)\s*(?:([+-])\s*(.+))?")
+
+
 def _split(text: str) -> list[str]:
     """At commas outside brackets and braces."""
     parts, depth, start = [], 0, 0
@@ -157,7 +164,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _integer(text: str) -> int | None:
-    match = re.fullmatch(r"(-?)\s*(0[xX][0-9a-fA-F]+|0[bB][01]+|0[0-7]*|[1-9]\d*)U?", text)
+    match = _INTEGER.fullmatch(text)
     if not match:
         return None
     digits = match[2]
@@ -184,8 +191,9 @@ class Parser:
         return PtxError(message, line, self.source[line - 1].strip() if line <= len(self.source) else "")
 
     def skip(self) -> bool:
-        while self.at < len(self.text) and self.text[self.at].isspace():
-            self.at += 1
+        found = _SPACE.match(self.text, self.at)
+        assert found is not None
+        self.at = found.end()
         return self.at < len(self.text)
 
     def match(self, pattern: str) -> re.Match[str] | None:
@@ -306,26 +314,26 @@ class Parser:
         while depth:
             if not self.skip():
                 raise self.error("the body does not end")
-            if self.match(r"\{"):
+            first = self.text[self.at]
+            if first == "{":
+                self.at += 1
                 depth += 1
                 self.scope = _Scope(self.scope)
-            elif self.match(r"\}"):
+            elif first == "}":
+                self.at += 1
                 depth -= 1
                 if depth:
                     assert self.scope.parent is not None
                     self.scope = self.scope.parent
-            elif found := self.match(rf"({NAME})\s*:(?!:)"):
+            elif first == ";":
+                self.at += 1
+            elif first == ".":
+                self.directive()
+            elif found := _LABEL.match(self.text, self.at):
+                self.at = found.end()
                 if found[1] in self.scope.labels:
                     raise self.error(f"label {found[1]} stands twice in this scope", found.start())
                 self.scope.labels[found[1]] = len(self.module.statements)
-            elif self.match(r"\.reg\b"):
-                self.declare()
-            elif self.match(r"\.shared\b"):
-                self.shared_variable()
-            elif self.match(r"\.pragma\b"):
-                self.until(";")
-            elif self.match(r"\.(loc|file)\b[^\n]*") or self.match(r";"):
-                continue
             else:
                 self.instruction()
         for statement, name, scope in self.fixups:
@@ -335,6 +343,16 @@ class Parser:
             if search is None:
                 raise PtxError(f"no label {name} in reach", statement.line, statement.text)
             statement.operands = [Label(search.labels[name])]
+
+    def directive(self) -> None:
+        if self.match(r"\.reg\b"):
+            self.declare()
+        elif self.match(r"\.shared\b"):
+            self.shared_variable()
+        elif self.match(r"\.pragma\b"):
+            self.until(";")
+        elif not self.match(r"\.(loc|file)\b[^\n]*"):
+            self.instruction()
 
     def declare(self) -> None:
         at = self.at
@@ -361,7 +379,7 @@ class Parser:
         at = self.at
         body = " ".join(self.until(";").split())
         line = self.line(at)
-        found = re.fullmatch(rf"(?:@(!?)\s*({NAME})\s+)?([a-z][\w.:]*)(?:\s+(.*))?", body)
+        found = _INSTRUCTION.fullmatch(body)
         if not found:
             raise self.error("statement not understood", at)
         statement = Statement(line, body + ";", None, found[1] == "!", found[3], [])
@@ -392,6 +410,8 @@ class Parser:
 
     def operand(self, text: str) -> Operand:
         text = text.strip()
+        if (register := self.register(text)) is not None:  # most are, and no number is called so
+            return register
         if text.startswith("{"):
             if not text.endswith("}"):
                 raise ValueError(f"vector not understood: {text}")
@@ -434,7 +454,7 @@ class Parser:
         """A name or a number, with + or - a constant."""
         if (number := _integer(text)) is not None:
             return Immediate(number, "int"), 0
-        found = re.fullmatch(r"([^\s+-]+)\s*(?:([+-])\s*(.+))?", text)
+        found = _BASE.fullmatch(text)
         if not found:
             raise ValueError(f"address not understood: {text}")
         offset = 0

@@ -43,7 +43,7 @@ PROBLEMS = {
 KNOBS = {
     "target": GPU_TARGETS,
     "dtypes": ["bf16", "fp8"],
-    "dims": [(192, 128), (64, 64)],
+    "dims": [(64, 64), (192, 128)],
     "causal": [True, False],
     "block_m": [32, 64, 128],
     "block_n": [32, 64, 128],
@@ -94,8 +94,8 @@ def name_of(row: Row) -> str:
     return f"{row['target']}-{q}x{kv}-d{row['dims'][0]}v{row['dims'][1]}"
 
 
-PROBLEM_ROWS = covering.pairwise(PROBLEMS, ascending=("dims",))
-KNOB_ROWS = covering.pairwise(KNOBS, allowed_knobs)
+PROBLEM_ROWS = covering.pairwise(PROBLEMS, ascending=("dims", "scheduler"))
+KNOB_ROWS = covering.pairwise(KNOBS, allowed_knobs, ascending=("dims",))
 
 
 @pytest.fixture(scope="module")
