@@ -272,6 +272,11 @@ PAIR: dict[str, tuple[str, str, str]] = {
     "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
 MIXED: dict[str, tuple[str, str, str]] = {
+    "short: pieces as of the part before": (
+        "combine.ptx",
+        "    @p ld.param.b32 pieces, [{{ arg('short_splits') }}];\n",
+        "    @p ld.param.b32 num_splits, [{{ arg('short_splits') }}];\n    mov.u32 pieces, num_splits;\n",
+    ),
     "short: long ones, too": ("pieces.ptx", "setp.gt.s32 p, t0, {{ SHORT }};", "setp.gt.s32 p, t0, {{ SHORT * 64 }};"),
     "short: the combine has no such": (
         "combine.ptx",

@@ -565,6 +565,7 @@ SMALL: tuple[Case, ...] = (
     Case(**{**SCALED, "q_dtype": "fp16", "R": 0, "C": 256}, heads=16, lens=(100, 1), cp=(1, 2), kv_view="padded"),
     Case(**{**SCALED, "kv_dtype": "fp8_e4m3fnuz"}, kv_3d=True, kv_view="odd", batch_invariant=True, lens=(130, 60, 0)),
     Case(**SCALED, heads=20, lens=(100, 1, 0, 3), q_len=2, causal=False),
+    Case(heads=20, lens=(37, 150)),  # a short sequence, then a long one
 )
 
 

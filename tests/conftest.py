@@ -12,7 +12,9 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="the full product of problems and targets, all cases and mistakes: hours")
+    parser.addoption(
+        "--full", action="store_true", help="the full product of problems and targets, all cases and mistakes: hours"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -69,7 +69,7 @@ RUNS = {
     "persistent, in parts": ("--variant=decode_persistent_asm", "--part=4/24", "--page=0"),
     "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/24", "--dtype=bf16", "--seed=5"),
     "persistent, real dims": ("--variant=decode_persistent_asm", "--cases=large", "--part=1/3", "--sms=7"),
-    "mixed": ("--variant=decode_mixed_asm", "--splits=12", "--heads=20", "--part=0/18", "short=64", "short_m=8"),
+    "mixed": ("--variant=decode_mixed_asm", "--splits=12", "--heads=20", "--part=15/18", "short=64", "short_m=8"),
     "mixed, gathered, another order": (
         "--variant=decode_mixed_asm",
         "--splits=6",
