@@ -17,7 +17,7 @@ from .decode import BLOCKED, DTYPES, FULL, LANE, LANES, LISTS, YIELD, Decoder, R
 from .errors import MemoryFault, ProtocolError, Race
 from .memory import Buffer, TensorMap
 from .parse import PARAM_BASE, WIDTHS, Address, Immediate, Param, Register, Shared, Sink, Vector
-from .shared import WINDOW, Mbarrier
+from .shared import WINDOW, Mbarrier, SharedMemory
 
 Array = npt.NDArray[Any]
 SCOPES = ("cta", "cluster", "gpu", "sys")
@@ -215,16 +215,19 @@ def _shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
                 if r >= 0:
                     w.rows[r][lanes] = view[index + i].view(dtype)
                 continue
-            value = w.rows[r][lanes].view(view.dtype)
-            view[index + i] = value
-            other = view[index + i] != value
-            if shared.checks and other.any():
-                j = int(np.flatnonzero(other)[0])
-                raise Race(
-                    f"two lanes write different values to {shared.name(int(addresses[j]) + i * size)}", int(lanes[j])
-                )
+            _put(shared, size, addresses + i * size, w.rows[r][lanes].view(view.dtype), lanes)
 
     return run
+
+
+def _put(shared: SharedMemory, size: int, addresses: Any, values: Any, lanes: Any) -> None:
+    """A value of `size` bytes of each lane, in whose order nothing may depend."""
+    view, index = shared.views[size], addresses // size
+    view[index] = values
+    other = view[index] != values
+    if shared.checks and other.any():
+        i = int(np.flatnonzero(other)[0])
+        raise Race(f"two lanes write different values to {shared.name(int(addresses[i]))}", int(lanes[i]))
 
 
 def _of_cluster(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
@@ -258,7 +261,7 @@ def _of_cluster(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run
             index = places >> shift
             for i, r in enumerate(rows):
                 if not load:
-                    view[index + i] = w.rows[r][some].view(view.dtype)
+                    _put(shared, size, places + i * size, w.rows[r][some].view(view.dtype), some)
                 elif r >= 0:
                     w.rows[r][some] = view[index + i].view(dtype)
 

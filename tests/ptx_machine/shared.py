@@ -286,7 +286,7 @@ class SharedMemory:
         proxy: what was known at the last such fence of who is at work here."""
         bad = self.fence_epoch[units] > clock[self.fence_slot[writer]]
         if bad.any():
-            copied = (writer >= self.n) & (self.write_epoch[units] <= proxy[writer])
+            copied = (writer >= self.n) & (writer < 2 * self.n) & (self.write_epoch[units] <= proxy[writer])
             bad &= ~copied
             if bad.any():
                 unit, _ = self.place(units, bad)
@@ -344,7 +344,7 @@ class SharedMemory:
         flags = self.flags[units]
         if flags.any():
             self.bad_flags(units, flags, f"read by rank {reader.rank} of the cluster")
-        bad = self.write_epoch[units] > reader.clock[w, reader.part(self.rank)][self.writer[units]]
+        bad = self.write_epoch[units] > reader.seen_from(self, reader.clock[w])[self.writer[units]]
         if bad.any():
             unit, _ = self.place(units, bad)
             raise Race(

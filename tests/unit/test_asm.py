@@ -71,7 +71,7 @@ COMBINE: dict[str, list[Any]] = {
     **{
         name: FACTORS[name] for name in ("heads", "dims", "dtype", "out_dtype", "page_size", "q_len", "paging", "batch")
     },
-    **{name: FACTORS[name] for name in ("lse", "context_parallel", "ragged", "index64", "pdl", "walk")},
+    **{name: FACTORS[name] for name in ("lse", "sinks", "context_parallel", "ragged", "index64", "pdl", "walk")},
 }  # what the second kernel is filled in with
 
 
@@ -259,6 +259,17 @@ def test_rendered_text_is_as_committed(
     assert text == file.read_text(), (
         f"run `pytest --full {Path(__file__).name} -k committed` and look at the difference"
     )
+
+
+@pytest.mark.parametrize(("ahead", "per_sm"), [(8, 3), (16, 2), (32, 1)])
+def test_the_combine_has_a_program_a_part_or_one_an_sm_more_than_the_device_holds(ahead: int, per_sm: int) -> None:
+    for batch, parts in ((3, 96), (300, 9600)):  # of four heads
+        problem = DecodeProblem(num_heads=128, batch=batch, max_kv_len=65536)
+        config = WIDE.default(problem, HOPPER).replace(combine_h=4, combine_d=512, combine_ahead=ahead)
+        *_, combine = WIDE.launches(problem, HOPPER, config)
+        assert combine.kernel == 1
+        assert combine.grid == (min(parts, HOPPER.sms * (per_sm + 1)), 1, 1)
+        assert dict(WIDE.sources(problem, HOPPER, config)[1].constants)["PER_SM"] == per_sm
 
 
 def test_the_combine_is_as_committed(request: pytest.FixtureRequest) -> None:

@@ -6,6 +6,7 @@ The interpreter must be chosen before Triton is imported, so each run is a proce
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import itertools
 import json
 import os
@@ -107,14 +108,20 @@ def test_every_case_is_right(run: str) -> None:
 def test_the_cases_kill_every_mutation(request: pytest.FixtureRequest) -> None:
     """Put in by tests/mutations.py: tokens, pages, splits, heads lost or swapped, causal boundary, LSE's base.
 
-    Every second one; with --full all of them."""
-    names = [mutation.name for mutation in mutations.MUTATIONS][:: 1 if request.config.getoption("--full") else 2]
+    Every second one, on one day these, on the next the others; with --full all of them."""
+    step = 1 if request.config.getoption("--full") else 2
+    names = [mutation.name for mutation in mutations.MUTATIONS][dt.date.today().toordinal() % step :: step]
     done = python(str(TESTS / "mutations.py"), *names)
     sys.stdout.write(done.stdout)
     lines = done.stdout.splitlines()
     assert [line for line in lines if not line.startswith("killed")] == []
     assert len(lines) == len(names) >= 10
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_mutation_has_one_place_in_the_kernels() -> None:
+    for mutation in mutations.MUTATIONS:
+        assert (TESTS.parent / mutation.path).read_text(encoding="utf-8").count(mutation.old) == 1, mutation.name
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90", "gfx950"])

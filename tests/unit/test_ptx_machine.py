@@ -593,7 +593,7 @@ FAR = (
     NEIGHBOURS
     + """
     mov.u32 r10, smem; shl.b32 r11, lane, 4; add.u32 r10, r10, r11; mapa.shared::cluster.u32 r12, r10, r5;
-    add.u32 r9, r6, 1000;
+    add.u32 r9, r6, 1000; mov.u32 r14, smem; mapa.shared::cluster.u32 r14, r14, r5;
 """
 )
 STORE, LOAD = "st.shared.v2.b32 [r10+32], {r6, r9};", "ld.shared::cluster.b32 r8, [r12+32];"
@@ -619,6 +619,8 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
     {BARRIER} mapa.shared::cluster.u32 r14, r10, r1; add.u32 r6, r6, 1; {FAR_WRITE}
     add.u32 r9, r9, 1; st.shared::cluster.b32 [r14+40], r9; {BARRIER}
     {TAKE.replace("r8", "r17")} ld.shared.b32 r18, [r10+40]; add.u32 r16, r16, r17; add.u32 r16, r16, r18;
+    add.u32 r13, r5, 1; rem.u32 r13, r13, r2; mapa.shared::cluster.u32 r14, r10, r13;
+    ld.shared::cluster.b32 r17, [r14+32]; add.u32 r16, r16, r17;
     add.u32 r15, r15, r16; add.u32 r15, r15, r8; st.global.b32 [put+2048], r15; {BARRIER}
     """
     assemble(small(FAR + body, 32, CLUSTER_REGS), tmp_path / "far.ptx")
@@ -629,9 +631,10 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
             cta = np.arange(grid)[:, None]
             first = cta // cluster * cluster
             want = (first + LANE % cluster) * 100 + LANE + 3 * (cta * 100 + LANE) + first * 100 + 1000
+            before = (first + (cta - first - 1) % cluster) * 100 + LANE + 8
             want += (
-                (first + (cta - first - 1) % cluster) * 100 + LANE + 8 + cta * 100 + LANE + 1001
-            )  # written from there
+                before + cta * 100 + LANE + 1001 + neighbours(grid, cluster) + 8
+            )  # written from there, to others, too
             np.testing.assert_array_equal(out[16 : 16 + grid], want + neighbours(grid, cluster) + 7)
 
 
@@ -675,6 +678,7 @@ def test_shared_memory_of_other_ctas(tmp_path: Path) -> None:
         (pm.Race, r"write by rank \d .* not ordered after the", f"{STORE} {RELAXED} {FAR_WRITE} {BARRIER}"),
         (pm.Race, "write is not ordered after the write of .* of rank", f"{FAR_WRITE} {RELAXED} {STORE} {BARRIER}"),
         (pm.MachineError, "the end of the CTA is not ordered|has exited", FAR_WRITE),
+        (pm.Race, "two lanes write different values", f"{BARRIER} st.shared::cluster.b32 [r14], r6; {BARRIER}"),
     ],
 )
 def test_mistakes_with_shared_memory_of_other_ctas(error: Any, message: str, body: str) -> None:
