@@ -79,11 +79,16 @@ def foreign_fp8(row: Row) -> bool:
     return any(dtype.startswith("fp8") and dtype != own for dtype in row.get("dtypes", ()))
 
 
+def share_of_today(full: bool) -> tuple[int, int]:
+    """(first, step) of what is too much for each run without --full: every second, the others the day after."""
+    return (0, 1) if full else (dt.date.today().toordinal() % 2, 2)
+
+
 def of_today(rows: Sequence[Row], full: bool) -> list[Row]:
-    """Without --full each second one of those with a foreign fp8: on one day these, on the next the others."""
+    """All, but of those with a foreign fp8 today's share."""
+    first, step = share_of_today(full)
     foreign = [row for row in rows if foreign_fp8(row)]
-    left_out = [] if full else foreign[dt.date.today().toordinal() % 2 :: 2]
-    return [row for row in rows if row not in left_out]
+    return [row for row in rows if row not in foreign or row in foreign[first::step]]
 
 
 @dataclass(frozen=True)

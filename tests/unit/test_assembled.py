@@ -5,7 +5,6 @@ A process each, since the combine after them runs in Triton's interpreter (assem
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import asm_mistakes
 import cases
+import covering
 import pytest
 from helpers import interpreted
 
@@ -133,8 +133,7 @@ def test_every_case_is_right(run: str, request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize("variant", asm_mistakes.MISTAKES)
 def test_every_mistake_is_noticed(variant: str, request: pytest.FixtureRequest) -> None:
     """Every second one, on one day these, on the next the others; with --full all of them."""
-    step = 1 if request.config.getoption("--full") else 2
-    first = dt.date.today().toordinal() % step
+    first, step = covering.share_of_today(request.config.getoption("--full"))
     lines, done = lines_of("--variant", variant, "--cases", "mistakes", f"--part={first}/{step}")
     assert [line["mistake"] for line in lines if not line["killed"]] == []
     assert [line["mistake"] for line in lines] == list(asm_mistakes.MISTAKES[variant])[first::step]

@@ -6,7 +6,6 @@ The interpreter must be chosen before Triton is imported, so each run is a proce
 from __future__ import annotations
 
 import dataclasses
-import datetime as dt
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import covering
 import mutations
 import pytest
 from helpers import interpreted
@@ -109,8 +109,8 @@ def test_the_cases_kill_every_mutation(request: pytest.FixtureRequest) -> None:
     """Put in by tests/mutations.py: tokens, pages, splits, heads lost or swapped, causal boundary, LSE's base.
 
     Every second one, on one day these, on the next the others; with --full all of them."""
-    step = 1 if request.config.getoption("--full") else 2
-    names = [mutation.name for mutation in mutations.MUTATIONS][dt.date.today().toordinal() % step :: step]
+    first, step = covering.share_of_today(request.config.getoption("--full"))
+    names = [mutation.name for mutation in mutations.MUTATIONS][first::step]
     done = python(str(TESTS / "mutations.py"), *names)
     sys.stdout.write(done.stdout)
     lines = done.stdout.splitlines()

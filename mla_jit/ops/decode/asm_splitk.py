@@ -34,7 +34,7 @@ _COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
-# Pieces that its threads have on their way, of 16-bit results (of fp32 ones half as many): how many of it an SM holds.
+# Pieces on a thread's way, of 16-bit results (of fp32 ones half as many): programs of it that an SM holds then.
 _AHEAD = {8: 3, 16: 2, 32: 1}
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
@@ -444,7 +444,7 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
         return (stage1,)
     heads, columns = _combine_tile(p, config)
     parts = -(-p.kv_lora_rank // columns) * -(-p.num_heads // heads) * p.q_len * p.batch
-    grid = (min(parts, target.sms * (_AHEAD[_ahead(p, config)] + 1)), 1, 1)  # 5.5 ns each, and stage 1 waits for all
+    grid = (min(parts, target.sms * (_AHEAD[_ahead(p, config)] + 1)), 1, 1)  # 5.5 ns each; the next call is after all
     combine = tuple(arg for *_, arg in _combine_arguments(p, target, config))
     if together:
         combine = tuple(Arg("i32", "uncut") if arg.name == "num_splits" else arg for arg in combine)
