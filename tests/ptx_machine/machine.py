@@ -51,6 +51,7 @@ class Statistics:
     wgmmas: int = 0
     flops: int = 0
     tma_bytes: int = 0
+    asked: int = 0  # boxes that the L2 was asked for
     global_read: int = 0  # by threads and copies
     global_written: int = 0
     wgmma_shared_bytes: int = 0  # A and B operands of wgmma, as if nothing were reused
@@ -160,7 +161,7 @@ class Warp:
             "%nclusterid.x": gx // size, "%nclusterid.y": gy, "%nclusterid.z": gz,
             "%cluster_ctaid.x": self.cta.rank, "%cluster_ctarank": self.cta.rank,
             "%cluster_nctaid.x": size, "%cluster_nctaid.y": 1, "%cluster_nctaid.z": 1, "%cluster_nctarank": size,
-            "%laneid": LANE, "%warpid": self.index, "%nwarpid": self.machine.threads // 32, "%nsmid": 1,
+            "%laneid": LANE, "%warpid": self.index, "%nwarpid": self.machine.threads // 32, "%nsmid": gx - gx // 3,
             "%lanemask_eq": 1 << LANE, "%lanemask_lt": (1 << LANE) - 1, "%lanemask_le": (2 << LANE) - 1,
             "%lanemask_gt": FULL - ((2 << LANE) - 1), "%lanemask_ge": FULL - ((1 << LANE) - 1),
             "%dynamic_smem_size": self.machine.smem_bytes, "%total_smem_size": self.shared.size,
@@ -291,10 +292,12 @@ class Cta:
 class Machine:
     def __init__(
         self, program: Program, grid: tuple[int, int, int], threads: int, memory: Memory, smem_bytes: int, checks: bool,
-        cluster: int, dependent: frozenset[str] | None,
+        cluster: int, dependent: frozenset[str] | None, truthful: bool,
     ) -> None:  # fmt: skip
         self.program, self.grid, self.threads, self.memory = program, grid, threads, memory
-        self.dependent, self.waited = dependent, False
+        self.dependent, self.waited, self.truthful = dependent, False, truthful
+        self.asked: set[tuple[int, int, int]] = set()  # of the L2: (tensor map, column, row) of boxes
+        self.copied: set[tuple[int, int, int]] = set()
         self.smem_bytes, self.checks, self.cluster = smem_bytes, checks, cluster
         self.watch = Watch(self) if checks else None
         self.statistics = Statistics()
@@ -479,13 +482,15 @@ def run(
     max_steps: int = 300_000,
     cluster: int = 1,
     dependent: frozenset[str] | None = frozenset(),
+    truthful: bool = False,
 ) -> Statistics:
     """Runs a grid. CTAs come in random order (`order="sequential"`: as numbered, and the lowest warp first).
 
     CTAs `cluster` i to `cluster` i + `cluster` - 1 are a cluster and run concurrently. `concurrent` clusters are
     interleaved; `checks=False` leaves out the shadows of shared and global memory; `max_steps` bounds the bursts of
     instructions before the run counts as hung. `dependent`: buffers that no thread may touch before
-    griddepcontrol.wait; None: all, as where anything may come before in the stream.
+    griddepcontrol.wait; None: all, as where anything may come before in the stream. Then strong reads before it find
+    anything, or, `truthful`, what they would find behind it; boxes that the L2 is asked for must all be copied then.
     """
     module = program.module
     count = threads or module.reqntid or module.maxntid
@@ -509,7 +514,7 @@ def run(
         raise MachineError(f"a cluster of {cluster} CTAs, but the entry has .reqnctapercluster {module.cluster}")
     if x % cluster:
         raise MachineError(f"clusters of {cluster} CTAs do not divide a grid of {x}")
-    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks, cluster, dependent)
+    machine = Machine(program, (x, y, z), count, memory, smem_bytes, checks, cluster, dependent, truthful)
     machine.parameters, machine.maps = _data.pack_parameters(module, list(arguments))
     ctas = [
         [(i + rank, j, k) for rank in range(cluster)] for k in range(z) for j in range(y) for i in range(0, x, cluster)
@@ -521,7 +526,10 @@ def run(
         machine.launch(ctas, seed, concurrent, max_steps, order == "sequential")
     if dependent != frozenset() and not machine.waited:
         raise ProtocolError("no thread has executed griddepcontrol.wait: this grid may end before the one before it")
+    if truthful and (vain := machine.asked - machine.copied):
+        raise ProtocolError(f"the L2 is asked for {len(vain)} boxes that are not copied, one at {min(vain)[1:]}")
     statistics = machine.statistics
+    statistics.asked = len(machine.asked)
     for i, n in zip(program.code, machine.counts, strict=True):
         if n:
             statistics.instructions[i.op] = statistics.instructions.get(i.op, 0) + n

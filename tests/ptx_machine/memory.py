@@ -71,8 +71,17 @@ class Memory:
         side = f"offset {low - buffer.address} of {buffer.nbytes}"
         return f"the nearest is {buffer.name} ({side}{', over its end' if inside else f', {distance} bytes off'})"
 
-    def groups(self, addresses: Array, lanes: Array, nbytes: int, write: bool) -> list[tuple[Buffer, Array, Array]]:
-        """Buffers with the lanes that touch them and their byte offsets from the buffer's base."""
+    def groups(
+        self, addresses: Array, lanes: Array, nbytes: int, write: bool, early: bool = False
+    ) -> list[tuple[Buffer, Array, Array]]:
+        """Buffers with the lanes that touch them and their byte offsets from the buffer's base. `early`: those that are
+        shut are read, too."""
+        if early:
+            shut, self.shut = self.shut, frozenset()
+            try:
+                return self.groups(addresses, lanes, nbytes, write)
+            finally:
+                self.shut = shut
         at = addresses[lanes]
         bad = at % np.uint64(nbytes) != 0
         if bad.any():

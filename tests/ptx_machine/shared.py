@@ -57,6 +57,7 @@ class Mbarrier:
 @dataclass
 class NamedBarrier:
     expected: int = 0
+    counted: bool = True  # by who arrives, in the instruction
     arrived: int = 0
     warps: list[int] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)  # (warp, fragment)
@@ -484,8 +485,9 @@ class SharedMemory:
         mbarrier.pending = mbarrier.count
 
     # ------------------------------------------------------------------ named barriers (9.7.13.1)
-    def bar_arrive(self, w: int, number: int, threads: int, waiting: Any) -> bool:
-        """One warp arrives; True when that completes the barrier and wakes those who wait."""
+    def bar_arrive(self, w: int, number: int, threads: int, waiting: Any, counted: bool = True) -> bool:
+        """One warp arrives; True when that completes the barrier and wakes those who wait. `counted`: it says of how
+        many threads; of all of a CTA it may not, but then nobody may: an H200 calls it an illegal instruction."""
         if not 0 <= number < 16:
             raise ProtocolError(f"barrier {number}: there are 16")
         if threads % 32 or not 0 < threads <= 1024:
@@ -495,6 +497,9 @@ class SharedMemory:
             raise ProtocolError(
                 f"barrier {number}: {threads} threads here, {barrier.expected} for those who came before"
             )
+        if barrier.arrived and barrier.counted != counted:
+            raise ProtocolError(f"barrier {number}: with a count of threads here, without one there")
+        barrier.counted = counted
         if w in barrier.warps:
             raise ProtocolError(f"barrier {number}: warp {w} arrives a second time before the barrier is complete")
         barrier.expected = threads

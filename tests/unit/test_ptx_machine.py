@@ -337,6 +337,12 @@ MISTAKES: dict[str, tuple[type[pm.MachineError], str, int, str]] = {
         96,
         "setp.eq.u32 p0, warp, 0; @p0 bra A; bar.sync 1, 96; bra B; A: bar.sync 1, 64; B:",
     ),
+    "barrier with a count and without": (
+        pm.ProtocolError,
+        "without one there",
+        64,
+        "setp.eq.u32 p0, warp, 0; @p0 bra A; bar.sync 1; bra B; A: bar.arrive 1, 64; B:",
+    ),
     "barrier that nobody completes": (pm.Deadlock, "waits at barrier 2: 32 of 64", 32, "bar.sync 2, 64;"),
     "barrier by half a warp": (
         pm.ProtocolError,
@@ -821,6 +827,16 @@ def test_what_comes_before_in_the_stream_is_waited_for(
         return
     with pytest.raises(pm.MachineError, match=noticed):
         run_small(body, dependent=dependent)
+
+
+def test_what_is_read_before_may_be_anything() -> None:
+    """By strong reads; by half of them what will be there."""
+    seen = set()
+    for seed in range(8):
+        body = "ld.relaxed.gpu.global.b32 r1, [out]; griddepcontrol.wait; st.global.b32 [out], r1;"
+        seen |= set(run_small(body, dependent=None, seed=seed)[:32].tolist())
+    assert 0 in seen
+    assert len(seen) > 32
 
 
 # ---------------------------------------------------------------------- bulk copies out of shared memory
