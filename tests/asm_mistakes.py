@@ -60,6 +60,19 @@ OVERLAP: dict[str, tuple[str, str, str]] = {
     "begun before others have ended": ("macros.ptx", _WAIT + _NEXT, _NEXT),
     "others begun before it has waited": ("macros.ptx", _WAIT + _NEXT, _NEXT + _WAIT),
 }
+AHEAD: dict[str, tuple[str, str, str]] = {
+    "ahead: weak reads": ("ahead.ptx", "{{ text | replace('ld.global.nc', 'ld.relaxed.gpu.global') }}", "{{ text }}"),
+    "ahead: a page id as a row": ("ahead.ptx", "mad.lo.u32 token, page, {{ PAGE }}, token;", "mov.u32 token, page;"),
+    "ahead: a barrier of all": ("ahead.ptx", "    {{ m.bar_sync(0, threads) }}", "    bar.sync 0;"),
+}
+ROWS: dict[str, tuple[str, str, str]] = {
+    "rows: the first again": ("pieces.ptx", "mul.lo.s64 {{ step }}, per_head, {{ heads }};", "mov.b64 {{ step }}, 0;"),
+    "rows: of another part of the block": (
+        "pieces.ptx",
+        "mad.lo.s64 {{ dst }}, {{ dst }}, per_head, goal;",
+        "mov.b64 {{ dst }}, goal;",
+    ),
+}
 MULTICAST: dict[str, tuple[str, str, str]] = {
     "multicast: the other's arrivals not counted": ("wide.ptx", "8 if MULTICAST else 4", "4"),
     "multicast: the other is not told": (
@@ -203,6 +216,9 @@ WIDE: dict[str, tuple[str, str, str]] = {
     **SENT,
     **COMBINE,
     **OVERLAP,
+    **AHEAD,
+    **ROWS,
+    "rows: chunks of the first": ("wide.ptx", "xor.b32 t9, t7, {{ 16 * (i % 8) }};", "mov.b32 t9, t7;"),
     **MULTICAST,
     **{f"walk: {name}": mistake for name, mistake in LOOP.items()},
     "walk: the line of other lengths": ("line.ptx", "add.u32 t9, t8, t2;", "add.u32 t9, t8, t3;"),
@@ -249,6 +265,15 @@ NARROW: dict[str, tuple[str, str, str]] = {
     **PARTS,
     **TOGETHER,
     **OVERLAP,
+    **AHEAD,
+    "ahead: the next box": ("ahead.ptx", "        sub.u32 x, box, {{ ROPE }};\n", "        mov.u32 x, box;\n"),
+    **ROWS,
+    "rows: chunks of the first": ("narrow.ptx", "xor.b32 t8, t5, {{ 16 * (i % 8) }};", "mov.b32 t8, t5;"),
+    "rows: one more": (
+        "narrow.ptx",
+        "setp.gt.and.s32 p, t7, {{ i }}, grown;",
+        "setp.ge.and.s32 p, t7, {{ i }}, grown;",
+    ),
 }
 _EARLIER = "        {{ m.mbar_wait('t2', 't1') }}\n"
 _FULL = "{% endif %}\n        add.u32 bar, bar, {{ BARRIERS }};"
@@ -272,6 +297,8 @@ PAIR: dict[str, tuple[str, str, str]] = {
     "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
 MIXED: dict[str, tuple[str, str, str]] = {
+    "ahead: beyond the table": ("ahead.ptx", "        min.u32 t0, t0, width;\n", ""),
+    "ahead: what it found is kept": ("ahead.ptx", "    {{ pieces.start() }}  ", "    // "),
     "short: pieces as of the part before": (
         "combine.ptx",
         "    @p ld.param.b32 pieces, [{{ arg('short_splits') }}];\n",

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def buffers(call: cases.Call, tensors: dict[str, Any]) -> ptx_machine.Memory:
 
 def run_kernel(
     source: Source, launch: Launch, binding: Binding, places: dict[str, int], floats: dict[str, float],
-    memory: ptx_machine.Memory, seed: int, first: bool,
+    memory: ptx_machine.Memory, seed: int, first: bool, truthful: bool = False,
 ) -> ptx_machine.Statistics:  # fmt: skip
     """The kernel of a PTX source on host memory.
 
@@ -121,7 +122,15 @@ def run_kernel(
     program = ptx_machine.parse(made.text)
     dependent = (None if first else frozenset({"workspace"})) if launch.pdl else frozenset()
     return ptx_machine.run(
-        program, launch.grid, arguments, memory, size, seed=seed, cluster=launch.cluster, dependent=dependent
+        program,
+        launch.grid,
+        arguments,
+        memory,
+        size,
+        seed=seed,
+        cluster=launch.cluster,
+        dependent=dependent,
+        truthful=truthful,
     )
 
 
@@ -150,7 +159,8 @@ def decode(
         source = sources[launch.kernel]
         if source.toolchain == "ptx":
             memory = buffers(call, tensors)
-            ran.append(run_kernel(source, launch, binding, places, inputs.floats, memory, seed, not ran))
+            truthful = zlib.crc32(call.case.id.encode()) % 2 == 0  # of what is read before it is there
+            ran.append(run_kernel(source, launch, binding, places, inputs.floats, memory, seed, not ran, truthful))
         else:
             interpret(source, launch, binding, places)
     said, *_ = ran
@@ -173,7 +183,7 @@ def judged(
     far = sum(n for op, n in said.instructions.items() if op.startswith(("ld.shared::cluster", "st.shared::cluster")))
     shared = sum(n for op, n in said.instructions.items() if "multicast" in op)
     line = {"config": str(config), "rel_l2": figures.rel_l2, "lse_error": figures.lse_error}
-    return {**line, "steps": said.steps, "far": far, "multicasts": shared}
+    return {**line, "steps": said.steps, "far": far, "multicasts": shared, "asked": said.asked}
 
 
 def alive(variant: Variant, target: Target, seed: int, mistakes: Sequence[str]) -> int:

@@ -329,10 +329,10 @@ def test_a_parameter_that_is_not_read_is_an_error() -> None:
 
 
 def test_the_assemblers_message_comes_with_the_templates_line() -> None:
-    source = edited(source_of(), "narrow.ptx", "    bar.sync 0;\n", "    bar.snyc 0;\n")
+    source = edited(source_of(), "narrow.ptx", "    mov.u32 slot, 0;\n", "    mvo.u32 slot, 0;\n")
     text = dict(json.loads(source.content))["narrow.ptx"]
-    line = next(n for n, line in enumerate(text.splitlines(), 1) if line.strip() == "bar.snyc 0;")
-    with pytest.raises(CompileError, match=rf"\[bar\.snyc 0; = narrow\.ptx, line {line}\]"):
+    line = next(n for n, line in enumerate(text.splitlines(), 1) if line.strip() == "mvo.u32 slot, 0;")
+    with pytest.raises(CompileError, match=rf"\[mvo\.u32 slot, 0; = narrow\.ptx, line {line}\]"):
         ptx.compile_source(source)
 
 
@@ -364,6 +364,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
     assert edited(source, "macros.ptx", "wgmma.fence", "wgmma.fence ").key != source.key
     assert [name for name, _ in json.loads(source.content)] == [
         "decode_narrow.ptx",
+        "ahead.ptx",
         "copied.ptx",
         "gather.ptx",
         "macros.ptx",
@@ -372,6 +373,26 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         "queries.ptx",
         "together.ptx",
     ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "asks"),
+    [
+        ({}, {}, True),
+        ({"page_size": 16}, {}, True),
+        ({"page_size": 1}, {}, False),  # gathered
+        ({"paging": "csr"}, {}, False),  # nobody knows how many page ids there are
+        ({"has_lens": False, "paging": "csr"}, {}, False),
+        ({}, {"pdl": False}, False),  # nothing to be ahead of
+    ],
+)
+def test_first_tiles_are_asked_for_ahead(fields: dict[str, Any], changes: dict[str, Any], asks: bool) -> None:
+    for variant in (WIDE, NARROW, PAIR, MIXED):
+        problem = DecodeProblem(**{"num_heads": 128 if variant in (WIDE, MIXED) else 16, **fields})
+        source = source_of(variant, problem, **changes)
+        assert dict(source.constants)["ASKS"] is asks
+        assert ("table_width" in dict(source.signature)) is asks
+        assert ("cp.async.bulk.prefetch.tensor" in render.render(source).text) is asks
 
 
 # ---------------------------------------------------------------------------------------------------- in the rows

@@ -265,6 +265,7 @@ def _like(config: Config) -> Config:
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
     own: dict[str, Scalar] = {"WALK": _walks(p, config)} if "walk" in config else {}
     own |= {} if "short" in config else {"SPLITS": _CLUSTER if _together(p, config) else 0}
+    own |= {"ASKS": _asks(p, config)}
     return _shared_constants(template, p, target, config) | own | {
         "BATCH_POW2": splitk._batch_pow2(p), "PDL": bool(config["pdl"]),
     }  # fmt: skip
@@ -286,7 +287,8 @@ def _shared_constants(template: Template, p: DecodeProblem, target: Target, conf
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
-    return _read(p, config, splitk._stage1(p, target, _like(config))[1]) + _short_argument(config)
+    found = _read(p, config, splitk._stage1(p, target, _like(config))[1]) + _short_argument(config)
+    return found + (splitk._scalars(("table_width",)) if _asks(p, config) else [])
 
 
 def _short_argument(config: Config) -> list[tuple[str, str, Arg]]:
@@ -393,6 +395,12 @@ def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list
     unread |= {"lse_stride_t", "lse_stride_h", "lse_mul"} if not p.lse else set()
     found = [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
     return found + _short_argument(config)
+
+
+def _asks(p: DecodeProblem, config: Config) -> bool:
+    """Whether the first tiles are asked for in the L2 before the grid before has ended (ahead.ptx)."""
+    known = p.has_lens and p.paging == "table"
+    return bool(config["pdl"]) and known and not _gathers(p, config) and not _walks(p, config)
 
 
 def _walks(p: DecodeProblem, config: Config) -> bool:
@@ -523,7 +531,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 5)
-DECODE_NARROW_ASM = _variant(NARROW, 5)
-DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 4, measured_only=True)
-DECODE_MIXED_ASM = _variant(MIXED, 3, measured_only=True)
+DECODE_SPLITK_ASM = _variant(WIDE, 6)
+DECODE_NARROW_ASM = _variant(NARROW, 6)
+DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 5, measured_only=True)
+DECODE_MIXED_ASM = _variant(MIXED, 4, measured_only=True)

@@ -275,6 +275,8 @@ def decode_inputs(
     pages = table["table"]
     assert pages is not None
     numbers: dict[str, Number] = {"cp_rank": cp_rank, "cp_world": cp_world, "table_stride": pages.stride(0)}
+    if paging == "table":  # how many page ids a list has is not part of a call's signature
+        numbers["table_width"] = pages.shape[1]
     token_dim = 1 if (per_token == 1 and (q_len > 1)) else 0
     for name, t in (("q", q0), ("q_pe", rope_q)):
         numbers |= {f"{name}_stride_t": t.stride(token_dim), f"{name}_stride_h": t.stride(-2)}
