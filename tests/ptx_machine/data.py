@@ -132,6 +132,8 @@ def _load_store(d: Decoder) -> Run:
         return _global(d, t, rows, at, load, strong, constant)
     if space == "shared::cluster":
         return _of_cluster(d, t, rows, at, load)
+    if strong:
+        return _strong_shared(d, t, rows, at, load)
     return _shared(d, t, rows, at, load)
 
 
@@ -234,6 +236,32 @@ def _shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
                     w.rows[r][lanes] = view[index + i].view(dtype)
                 continue
             _put(shared, size, addresses + i * size, w.rows[r][lanes].view(view.dtype), lanes)
+
+    return run
+
+
+def _strong_shared(d: Decoder, t: str, rows: list[int], at: Any, load: bool) -> Run:
+    """Strong accesses order nothing and are no races among themselves; what is loaded may be from before any store."""
+    if len(rows) != 1:
+        raise d.error("a strong access of a vector")
+    row, offset = shared_address(d, at)
+    size, dtype = WIDTHS[t] // 8, DTYPES[t]
+    d.builder.unit_shift = min(d.builder.unit_shift, size.bit_length() - 1)
+
+    def run(w: Any, m: int) -> None:
+        shared, random = w.shared, w.machine.random
+        addresses, lanes = shared_lanes(w, row, offset, m)
+        shared.check(addresses, size, lanes)
+        if shared.checks:
+            shared.strong(shared.units(addresses, size))
+        view = shared.views[size]
+        if not load:
+            _put(shared, size, addresses, w.rows[rows[0]][lanes].view(view.dtype), lanes)
+        elif rows[0] >= 0:
+            bits = random.choice((0, random.getrandbits(8 * size)))
+            there = view[addresses // size]
+            found = there if random.random() < 0.5 else np.full_like(there, bits)
+            w.rows[rows[0]][lanes] = found.view(dtype)
 
     return run
 

@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 Units = Any  # an index array or a slice
 
 NEVER = 2**31 - 1
-PENDING, BARRIER, UNWRITTEN = 1, 2, 4
+PENDING, BARRIER, UNWRITTEN, STRONG = 1, 2, 4, 8
 MAX_BARRIERS = 256
 WINDOW = 24  # a shared::cluster address is (rank + 1) << WINDOW | address, or the address alone in the own CTA
 
@@ -186,7 +186,7 @@ class SharedMemory:
         return f"{self.name(unit << self.shift)}, last written by {self.agent(int(self.writer[unit]))}{where}"
 
     def bad_flags(self, units: Units, flags: Array, what: str) -> None:
-        for flag in (PENDING, BARRIER, UNWRITTEN):
+        for flag in (PENDING, BARRIER, STRONG, UNWRITTEN):
             bad = (flags & flag) != 0
             if not bad.any():
                 continue
@@ -196,6 +196,8 @@ class SharedMemory:
                 raise Race(f"{what} of {name} while an asynchronous copy writes it: {self.written(unit)}")
             if flag == BARRIER:
                 raise ProtocolError(f"{what} of {name}, which holds an mbarrier")
+            if flag == STRONG:
+                raise Race(f"{what} of {name}, which others access strongly, in no order with it")
             raise Uninitialised(f"{what} of {name}, which nothing has written yet")
 
     # ------------------------------------------------------------------ accesses
@@ -217,7 +219,7 @@ class SharedMemory:
 
     def ordered_write(self, clock: Array, units: Units, what: str) -> None:
         """By who knows what is in `clock`."""
-        flags = self.flags[units] & (PENDING | BARRIER)
+        flags = self.flags[units] & (PENDING | BARRIER | STRONG)
         if flags.any():
             self.bad_flags(units, flags, what)
         bad = self.write_epoch[units] > clock[self.writer[units]]
@@ -246,6 +248,15 @@ class SharedMemory:
                     f"{what} of {self.name(unit << self.shift)} is not ordered by barrier.cluster after the access by "
                     f"warp {reader} of rank {rank} of the cluster"
                 )
+
+    def strong(self, units: Units) -> None:
+        """A strong access, of units that have no others."""
+        if (flags := self.flags[units] & (PENDING | BARRIER)).any():
+            self.bad_flags(units, flags, "a strong access")
+        if ((flags := self.flags[units]) == 0).any():
+            unit, _ = self.place(units, flags == 0)
+            raise Race(f"strong and other accesses to {self.name(unit << self.shift)}")
+        self.flags[units] = STRONG
 
     def write(self, w: int, units: Units) -> None:
         """An ordinary (generic proxy) write by warp w."""

@@ -41,6 +41,7 @@ _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being 
 _CLUSTER = (
     2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
 )
+_WORD = 16  # bytes of shared memory for one that ahead.ptx has
 _LISTED, _LONG = 512, 128  # pieces of a program that walks, at most; of a part's length, what a piece adds (line.ptx)
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
@@ -106,7 +107,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
     n, boxes = config.int("block_m"), _boxes(p)
     copied = boxes + (1 if p.rope_dim else 0)
     q, weights, maxima = (boxes + 1) * n * 128, consumers * n * 128, (16 if consumers == 1 else 40) * n
-    slots = (target.smem_bytes - q - weights - maxima) // (_BOX_BYTES + 16)
+    slots = (target.smem_bytes - q - weights - maxima - _WORD) // (_BOX_BYTES + 16)
     exchanged = boxes * (1 + boxes % 2) * n * 256 if consumers == 2 else 0
     ends = n * (4 * p.kv_lora_rank + 16) + 1024 + exchanged  # and a piece's rows, to be put together
     # with fewer than two tiles the gatherer would wait for itself
@@ -117,17 +118,25 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
     return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
 
 
+def _classes(config: Config) -> list[tuple[int, int]]:
+    """(tokens at most, rows of a block) of the sequences that decode_mixed_asm takes for short, the shorter ones first."""
+    short, rows, middle = config.int("short"), config.int("short_m"), config.int("middle")
+    return [(short, rows)] + ([(middle, 2 * rows)] if middle else [])
+
+
 def _mixed_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
     """Wide's; for short sequences narrow's in the same place, but for its barriers, which lie behind."""
     wide = _wide_layout(p, target, config)
-    short = _narrow_layout(
-        p, dataclasses.replace(target, smem_bytes=wide["BARRIERS"]), config.replace(block_m=config.int("short_m"))
-    )
-    barriers = max(wide["ARENA"], short["BARRIERS"])
+    room = dataclasses.replace(target, smem_bytes=wide["BARRIERS"])
+    found = [(tokens, rows, _narrow_layout(p, room, config.replace(block_m=rows))) for tokens, rows in _classes(config)]
+    slots = min(layout["SLOTS"] for *_, layout in found)
+    barriers = max(wide["ARENA"], *(layout["BARRIERS"] for *_, layout in found))
     return wide | {
-        "SHORT": config.int("short"), "SHORT_M": config.int("short_m"), "SHORT_SLOTS": short["SLOTS"],
-        "SHORT_AT": [short[name] for name in ("RING", "Q", "P", "MAXIMA")], "SHORT_BARRIERS": barriers,
-        "ARENA": barriers + 16 * short["SLOTS"],
+        "SHORT": [
+            [tokens, rows, slots, [layout[name] for name in ("RING", "Q", "P", "MAXIMA")]]
+            for tokens, rows, layout in found
+        ],
+        "SHORT_BARRIERS": barriers, "ARENA": barriers + 16 * slots,
     }  # fmt: skip
 
 
@@ -136,18 +145,22 @@ def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
         return (
             "long sequences are served in blocks of 64 rows and tiles of 64 tokens, whose pieces are not put together"
         )
-    if p.rows <= config.int("short_m"):
-        return f"{p.rows} rows are one block of {config['short_m']} for long sequences too: decode_narrow_asm"
+    if config["middle"] and not (config.int("middle") > config.int("short") and 2 * config.int("short_m") <= _NARROW):
+        return f"middle {config['middle']}: more than short, with blocks of at most {_NARROW} rows, twice short_m's"
+    most = max(rows for _, rows in _classes(config))
+    if p.rows <= most:
+        return f"{p.rows} rows are one block of {most} for longer sequences too: decode_narrow_asm"
     if p.batch_invariant:
         return "batch_invariant: pieces have a fixed length"
-    if _short_splits(p, config) < 1:
+    if min(_short_splits(p, config)) < 1:
         return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
     return None
 
 
-def _short_splits(p: DecodeProblem, config: Config) -> int:
-    """Pieces of a short sequence, for as many programs as a long one has."""
-    return splitk.num_splits(p, config) * -(-p.rows // _BOX) // max(1, -(-p.rows // config.int("short_m")))
+def _short_splits(p: DecodeProblem, config: Config) -> list[int]:
+    """Pieces of a short sequence of each class, for as many programs as a long one has."""
+    programs = splitk.num_splits(p, config) * -(-p.rows // _BOX)
+    return [programs // max(1, -(-p.rows // rows)) for _, rows in _classes(config)]
 
 
 WIDE = Template(
@@ -215,7 +228,7 @@ def _refuses(template: Template, p: DecodeProblem, target: Target, config: Confi
         return reason
     if config["block_n"] != _BOX and _gathers(p, config):
         return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
-    if (size := template.layout(p, target, config)["ARENA"]) > target.smem_bytes:
+    if (size := template.layout(p, target, config)["ARENA"] + _WORD) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
     if p.out_dtype == "fp16" and (p.kv_dtype != "fp16" or p.kv_scale):
         return "a piece's result may exceed fp16 where the whole does not, and partials have the result's type"
@@ -234,7 +247,7 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     if template is WIDE:
         like |= {"walk": False, "multicast": _long(p)}
     if template is MIXED:
-        like |= {"short": 2048, "short_m": 32 if p.rows > 32 else 16}
+        like |= {"short": 2048, "short_m": 16, "middle": 8192 if p.rows > _NARROW else 0}
     config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
     config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
     if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
@@ -257,7 +270,7 @@ def _tokens(p: DecodeProblem) -> int:
 
 def _like(config: Config) -> Config:
     """The config of decode_splitk_triton that cuts sequences and combines partials in the same way."""
-    own = ("policy", "together", "walk", "multicast", "short", "short_m", "combine_ahead")
+    own = ("policy", "together", "walk", "multicast", "short", "short_m", "middle", "combine_ahead")
     items = {name: value for name, value in config.items() if name not in own}
     return gluon._like(Config.of(gluon.NAME, **items, combine_s=8))
 
@@ -265,7 +278,11 @@ def _like(config: Config) -> Config:
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
     own: dict[str, Scalar] = {"WALK": _walks(p, config)} if "walk" in config else {}
     own |= {} if "short" in config else {"SPLITS": _CLUSTER if _together(p, config) else 0}
-    own |= {"ASKS": _asks(p, config)}
+    if _asks(p, config):  # with a word more, behind all else
+        arena = template.layout(p, target, config)["ARENA"]
+        own |= {"ASKS": arena, "ARENA": arena + _WORD}
+    else:
+        own |= {"ASKS": 0}
     return _shared_constants(template, p, target, config) | own | {
         "BATCH_POW2": splitk._batch_pow2(p), "PDL": bool(config["pdl"]),
     }  # fmt: skip
@@ -292,7 +309,9 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 
 def _short_argument(config: Config) -> list[tuple[str, str, Arg]]:
-    return splitk._scalars(("short_splits",)) if "short" in config else []
+    if "short" not in config:
+        return []
+    return splitk._scalars(("short_splits", "middle_splits")[: len(_classes(config))])
 
 
 def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]]) -> list[tuple[str, str, Arg]]:
@@ -334,7 +353,7 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups + 4 * lanes, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": lanes, "TOKENS": config.int("block_n"), "CP": p.context_parallel,
         "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
-        "SHORT": config.get("short", 0),
+        "SHORT": json.dumps([tokens for tokens, _ in _classes(config)] if "short" in config else []),
         "AT_ONCE": _ahead(p, config) * 2 // DTYPES[p.out_dtype].bytes, "PER_SM": _AHEAD[_ahead(p, config)],
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
@@ -475,7 +494,7 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
 
 
 def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    short = {"short_splits": _short_splits(p, config)} if "short" in config else {}
+    short = dict(zip(("short_splits", "middle_splits"), _short_splits(p, config))) if "short" in config else {}
     return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1} | short
 
 
@@ -495,8 +514,11 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
 
     The bytes of partials and the second launch are in it, `together` or not.
     """
-    if "short" in config and p.max_kv_len <= config.int("short"):
-        config = config.replace(block_m=config["short_m"], num_kv_splits=max(1, _short_splits(p, config)))
+    if "short" in config:
+        for (tokens, rows), pieces in zip(_classes(config), _short_splits(p, config)):
+            if p.max_kv_len <= tokens:
+                config = config.replace(block_m=rows, num_kv_splits=max(1, pieces))
+                break
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
     if config["block_m"] == _BOX:
@@ -518,6 +540,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         space |= {"walk": (False, True), "multicast": (False, True)}
     if template is MIXED:
         space |= {"short": (1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
+        space |= {"middle": (0, 4096, 8192, 16384, 32768)}
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
         rejects=lambda p, target, config: _rejects(template, p, target, config),
