@@ -284,8 +284,13 @@ def _constants(template: Template, p: DecodeProblem, target: Target, config: Con
     else:
         own |= {"ASKS": 0}
     return _shared_constants(template, p, target, config) | own | {
-        "BATCH_POW2": splitk._batch_pow2(p), "PDL": bool(config["pdl"]),
+        "BATCH_POW2": _lanes(p), "PDL": bool(config["pdl"]),
     }  # fmt: skip
+
+
+def _lanes(p: DecodeProblem) -> int:
+    """Lanes that hold the batch's lengths; 0 where all sequences are cut alike."""
+    return splitk._batch_pow2(p) if splitk._balances(p) else 0
 
 
 def _shared_constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
@@ -347,7 +352,7 @@ def _sources(template: Template, p: DecodeProblem, target: Target, config: Confi
 def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
     """The second kernel: combine.ptx, which sums partials of the result's type."""
     heads, columns = _combine_tile(p, config)
-    groups, lanes = _COMBINED // columns, splitk._batch_pow2(p)
+    groups, lanes = _COMBINED // columns, _lanes(p)
     constants: dict[str, Scalar] = {
         "H": p.num_heads, "C": p.kv_lora_rank, "HEADS": heads, "COLUMNS": columns, "OUT": _PTX[p.out_dtype],
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups + 4 * lanes, "MULTI": p.q_len > 1, "PAGE": p.page_size,
