@@ -10,7 +10,8 @@ _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluste
 
 CHANGES: dict[str, dict[str, object]] = {
     "walk: ": {"walk": True, "together": False},
-    "short: ": {"short": 256, "short_m": 8},
+    "short: ": {"short": 256, "short_m": 8, "middle": 0},
+    "middle: ": {"short": 256, "short_m": 8, "middle": 512},
     "multicast: ": {"multicast": True, "together": False},
     "multicast, persistent: ": {"multicast": True},
     "combine, by lengths: ": {"num_kv_splits": 4, "min_tiles": 1, "together": False, "walk": False},
@@ -63,6 +64,7 @@ OVERLAP: dict[str, tuple[str, str, str]] = {
 AHEAD: dict[str, tuple[str, str, str]] = {
     "ahead: weak reads": ("ahead.ptx", "{{ text | replace('ld.global.nc', 'ld.relaxed.gpu.global') }}", "{{ text }}"),
     "ahead: a page id as a row": ("ahead.ptx", "mad.lo.u32 token, page, {{ PAGE }}, token;", "mov.u32 token, page;"),
+    "ahead: a weak word": ("ahead.ptx", "@lead st.relaxed.cta.shared.b32 [smem+{{ ASKS }}], 0;", "@lead st.shared.b32 [smem+{{ ASKS }}], 0;"),
     "ahead: a barrier of all": ("ahead.ptx", "    {{ m.bar_sync(0, threads) }}", "    bar.sync 0;"),
 }
 ROWS: dict[str, tuple[str, str, str]] = {
@@ -244,33 +246,33 @@ PERSISTENT: dict[str, tuple[str, str, str]] = {
     "the LSE of another line": ("fold.ptx", "add.s64 lse_from{{ k }}, lse_from{{ k }}, lse_step;", ""),
 }
 NARROW: dict[str, tuple[str, str, str]] = {
-    "no fence after P": ("narrow.ptx", _FENCED + _P_THERE, _P_THERE),
-    "no barrier after P": ("narrow.ptx", _P_THERE, "        // P is there"),
+    "no fence after P": ("narrow_consumers.ptx", _FENCED + _P_THERE, _P_THERE),
+    "no barrier after P": ("narrow_consumers.ptx", _P_THERE, "        // P is there"),
     "the ring's parity": ("narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
-    "no wait for a free box": ("narrow.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
-    "O is not rescaled": ("narrow.ptx", "@!grown bra SAME;", "bra SAME;"),
+    "no wait for a free box": ("narrow_producer.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
+    "O is not rescaled": ("narrow_consumers.ptx", "@!grown bra SAME;", "bra SAME;"),
     "the sums of three warps": (
-        "narrow.ptx",
+        "narrow_consumers.ptx",
         "(1, 2, 3) %}\n        " + _OTHERS + "        add",
         "(1, 2) %}\n        " + _OTHERS + "        add",
     ),
     "causal off by one": (
-        "narrow.ptx",
+        "narrow_consumers.ptx",
         "        add.s32 t0, t0, 1;\n        {{ pieces.visible('t0') }}",
         "        {{ pieces.visible('t0') }}",
     ),
-    "V is not zeroed": ("narrow.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "gathered: told too early": ("narrow.ptx", "gather.arrive(ns.bars, FED)", "gather.arrive(ns.bars, 2 * FED)"),
-    "a box too far": ("narrow.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+    "V is not zeroed": ("narrow_consumers.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
+    "gathered: told too early": ("narrow_producer.ptx", "gather.arrive(ns.bars, FED)", "gather.arrive(ns.bars, 2 * FED)"),
+    "a box too far": ("narrow_consumers.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
     **PARTS,
     **TOGETHER,
     **OVERLAP,
     **AHEAD,
     "ahead: the next box": ("ahead.ptx", "        sub.u32 x, box, {{ ROPE }};\n", "        mov.u32 x, box;\n"),
     **ROWS,
-    "rows: chunks of the first": ("narrow.ptx", "xor.b32 t8, t5, {{ 16 * (i % 8) }};", "mov.b32 t8, t5;"),
+    "rows: chunks of the first": ("narrow_consumers.ptx", "xor.b32 t8, t5, {{ 16 * (i % 8) }};", "mov.b32 t8, t5;"),
     "rows: one more": (
-        "narrow.ptx",
+        "narrow_consumers.ptx",
         "setp.gt.and.s32 p, t7, {{ i }}, grown;",
         "setp.ge.and.s32 p, t7, {{ i }}, grown;",
     ),
@@ -284,44 +286,46 @@ ORDERS = {  # by mistake: one sequence this long (None: the usual cases), in a s
     "multicast, persistent: gone before the other has arrived": (None, 3),
 }
 PAIR: dict[str, tuple[str, str, str]] = {
-    "a box of the round before": ("narrow.ptx", _EARLIER + _FULL, _FULL),
-    "O not yet exchanged": ("narrow.ptx", "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}", "{% if PAIR %}"),
+    "a box of the round before": ("narrow_consumers.ptx", _EARLIER + _FULL, _FULL),
+    "O not yet exchanged": ("narrow_consumers.ptx", "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}", "{% if PAIR %}"),
     "exchanged over tiles in use": (
-        "narrow.ptx",
+        "narrow_consumers.ptx",
         "        {{ m.bar_sync(3, THEIRS) }}               // all tiles are done with\n",
         "",
     ),
-    "the other's O as it is": ("narrow.ptx", "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;", "mov.f32 theirs{{ j }}, f2;"),
-    "the sums of one consumer": ("narrow.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
-    "every tile by both": ("narrow.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
-    "the ring's parity": ("narrow.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
+    "the other's O as it is": ("narrow_consumers.ptx", "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;", "mov.f32 theirs{{ j }}, f2;"),
+    "the sums of one consumer": ("narrow_consumers.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
+    "every tile by both": ("narrow_consumers.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
+    "the ring's parity": ("narrow_consumers.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
+_OF_CLASS = "    @p ld.param.b32 {}, [{{{{ arg(['short_splits', 'middle_splits'][loop.revindex0]) }}}}];\n"
 MIXED: dict[str, tuple[str, str, str]] = {
     "ahead: beyond the table": ("ahead.ptx", "        min.u32 t0, t0, width;\n", ""),
     "ahead: what it found is kept": ("ahead.ptx", "    {{ pieces.start() }}  ", "    // "),
     "short: pieces as of the part before": (
         "combine.ptx",
-        "    @p ld.param.b32 pieces, [{{ arg('short_splits') }}];\n",
-        "    @p ld.param.b32 num_splits, [{{ arg('short_splits') }}];\n    mov.u32 pieces, num_splits;\n",
+        _OF_CLASS.format("pieces"),
+        _OF_CLASS.format("num_splits") + "    mov.u32 pieces, num_splits;\n",
     ),
-    "short: long ones, too": ("pieces.ptx", "setp.gt.s32 p, t0, {{ SHORT }};", "setp.gt.s32 p, t0, {{ SHORT * 64 }};"),
-    "short: the combine has no such": (
-        "combine.ptx",
-        "setp.le.s32 p, kv_len, {{ SHORT }};",
-        "setp.lt.s32 p, kv_len, 0;",
-    ),
+    "short: long ones, too": ("pieces.ptx", "p, t0, {{ SHORT[-1][0] }};", "p, t0, {{ SHORT[-1][0] * 64 }};"),
+    "short: the combine has no such": ("combine.ptx", "p, kv_len, {{ tokens }};", "p, kv_len, -1;"),
     "short: the partials of one piece": (
         "pieces.ptx",
-        "    add.u32 piece, piece, split;\n    ld.param",
-        "    ld.param",
+        "    add.u32 piece, piece, split;\n    setp",
+        "    setp",
     ),
     "short: the first rows alone": ("pieces.ptx", "    sub.u32 row_block, split, t1;", "    mov.u32 row_block, 0;"),
     "short: as many blocks as of 64 rows": (
         "pieces.ptx",
-        "{{ G }}, {{ SHORT_M - 1 }};\n    {{ m.divide('t1', 't1', SHORT_M) }}",
-        "{{ G }}, {{ BLOCK_M - 1 }};\n    {{ m.divide('t1', 't1', BLOCK_M) }}",
+        "t1, {{ SHORT[0][1] - 1 }};\n    {{ m.divide('t2', 't2', SHORT[0][1]) }}",
+        "t1, {{ BLOCK_M - 1 }};\n    {{ m.divide('t2', 't2', BLOCK_M) }}",
     ),
-    "short: boxes given back early": ("wide.ptx", "'empty', i, 'of a short sequence'), 4)", "'empty', i, ''), 3)"),
+    "short: boxes given back early": ("wide.ptx", "else 1, 4, 'of a short sequence')", "else 1, 3, 'of a short sequence')"),
+    "middle: the combine has the other class": ("combine.ptx", "for tokens in SHORT | reverse", "for tokens in SHORT"),
+    "middle: rows of wide blocks": ("pieces.ptx", "@middle mov.u32 block_rows, {{ SHORT[1][1] }};", "@middle mov.u32 block_rows, 64;"),
+    "middle: pieces of the other class": ("pieces.ptx", "@middle ld.param.b32 num_splits", "@!middle ld.param.b32 num_splits"),
+    "middle: as many blocks as of the first class": ("pieces.ptx", "selp.b32 t2, t0, t2, middle;", ""),
+    "middle: short ones, too": ("pieces.ptx", "middle, t0, {{ SHORT[0][0] }};", "middle, t0, -1;"),
 }
 MISTAKES = {
     "decode_splitk_asm": WIDE,
