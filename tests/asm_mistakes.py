@@ -320,7 +320,7 @@ MIXED: dict[str, tuple[str, str, str]] = {
         "t1, {{ SHORT[0][1] - 1 }};\n    {{ m.divide('t2', 't2', SHORT[0][1]) }}",
         "t1, {{ BLOCK_M - 1 }};\n    {{ m.divide('t2', 't2', BLOCK_M) }}",
     ),
-    "short: boxes given back early": ("wide.ptx", "else 1, 4, 'of a short sequence')", "else 1, 3, 'of a short sequence')"),
+    "short: boxes given back early": ("wide.ptx", "'empty', i, 'of a short sequence'), 4)", "'empty', i, ''), 3)"),
     "middle: the combine has the other class": ("combine.ptx", "for tokens in SHORT | reverse", "for tokens in SHORT"),
     "middle: rows of wide blocks": ("pieces.ptx", "@middle mov.u32 block_rows, {{ SHORT[1][1] }};", "@middle mov.u32 block_rows, 64;"),
     "middle: pieces of the other class": ("pieces.ptx", "@middle ld.param.b32 num_splits", "@!middle ld.param.b32 num_splits"),

@@ -164,11 +164,12 @@ def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
 
 @pytest.mark.parametrize("heads", [40, 128])
 @pytest.mark.parametrize("page", [64, 1])
-def test_a_graph_of_a_sequence_that_turns_out_short_or_long(heads: int, page: int) -> None:
+@pytest.mark.parametrize("middle", [0, 6000])
+def test_a_graph_of_a_sequence_that_turns_out_short_or_long(heads: int, page: int, middle: int) -> None:
     call = cases.build(cases.Case(heads=heads, lens=(9000,), **{**BF16, "page": page}), DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
-    assert install(problem, MIXED, short=2048, short_m=16) is not None
-    replay(call, (2048,), (1,), (9000,), (2049,), (0,), (65,))
+    assert install(problem, MIXED, short=2048, short_m=16, middle=middle) is not None
+    replay(call, (2048,), (1,), (9000,), (2049,), (6000,), (0,), (6001,), (65,))
 
 
 def replay(call: cases.Call, *lengths: tuple[int, ...]) -> None:

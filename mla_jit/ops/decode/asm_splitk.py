@@ -544,7 +544,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     if template is WIDE:
         space |= {"walk": (False, True), "multicast": (False, True)}
     if template is MIXED:
-        space |= {"short": (1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
+        space |= {"short": (512, 1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
         space |= {"middle": (0, 4096, 8192, 16384, 32768)}
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
@@ -559,7 +559,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 6)
-DECODE_NARROW_ASM = _variant(NARROW, 6)
-DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 5, measured_only=True)
-DECODE_MIXED_ASM = _variant(MIXED, 4, measured_only=True)
+DECODE_SPLITK_ASM = _variant(WIDE, 7)
+DECODE_NARROW_ASM = _variant(NARROW, 7)
+DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 6, measured_only=True)
+DECODE_MIXED_ASM = _variant(MIXED, 5, measured_only=True)
