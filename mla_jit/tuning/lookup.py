@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, ne
@@ -32,6 +33,7 @@ _LOOKUP_TIMEOUT_S = 2.0  # a call does not wait longer for a locked database; re
 _MIX = "mix"  # a soft field: a call does not know its own, it asks for the default
 _NEAR = 8  # rows from which an answer for other sizes is made
 _ALIKE = 1.2  # of worst cases: up to a fifth worse for a better mean over the lengths
+_STEP = 0.005  # of means, which noise tells apart no finer
 _PLAYOFF = 2  # the effort from which times of different configs are comparable
 _AXES = ("batch", "num_heads", "q_len", "kv")  # of a shape; kv is max_kv_len's bucket
 _MEANS = ("mean length", "mean q_len")  # of a cell's lengths
@@ -427,7 +429,7 @@ def pillars(trials: Iterable[Trial]) -> list[Config]:
 def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> list[Config]:
     """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
-    First those whose worst is within _ALIKE of the best worst, by their mean ratio. On an H200, 16 heads × 4 sequences
+    First those whose worst is within _ALIKE of the best worst, by their mean ratio, in steps of _STEP. On an H200, 16 heads × 4 sequences
     of 512 to 131072 tokens: one is 19 % slower at worst, where sequences are long, and 11 % in the mean; another 39 %
     with 512 tokens, 20 with 1024, and the fastest with more, 9 % in the mean.
 
@@ -463,8 +465,8 @@ def _by_worst_case(ratios: Mapping[Config, Sequence[float]]) -> list[Config]:
 
     def order(config: Config) -> tuple[Any, ...]:
         worst = max(ratios[config])
-        first = math.prod(ratios[config]) if worst <= limit else math.inf
-        return first, worst, *simplest(config)
+        mean = statistics.fmean(map(math.log, ratios[config]))
+        return round(mean / _STEP) if worst <= limit else math.inf, worst, *simplest(config)
 
     return sorted(ratios, key=order)
 

@@ -776,6 +776,18 @@ def test_of_worst_cases_that_are_alike_the_mean_decides():
     assert ranked[:3] == [config(2), config(1), config(3)]
 
 
+def test_of_means_that_noise_tells_apart_the_worst_case_decides():
+    """1.049 and 1.050 in the mean are the same, 1.063 and 1.075 are not."""
+    table = {
+        1: {1024: 10.0, 4096: 11.55, 16384: 30.0},
+        2: {1024: 10.5, 4096: 10.5, 16384: 31.5},
+        3: {1024: 11.0, 4096: 10.0, 16384: 33.9},
+        4: {1024: 10.0, 4096: 10.0, 16384: 36.0},
+    }
+    ranked = lookup.by_worst_case(sorted(over_lengths(table), key=lambda t: str(t.problem)))
+    assert ranked == [config(2), config(1), config(4), config(3)]
+
+
 def test_a_config_that_a_search_has_but_looked_at_everywhere_is_not_robust():
     """It may be the only one that each search has measured, shortly, and bad everywhere."""
     lengths = dict.fromkeys((1024, 4096, 16384), 1.0)
