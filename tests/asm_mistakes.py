@@ -64,7 +64,11 @@ OVERLAP: dict[str, tuple[str, str, str]] = {
 AHEAD: dict[str, tuple[str, str, str]] = {
     "ahead: weak reads": ("ahead.ptx", "{{ text | replace('ld.global.nc', 'ld.relaxed.gpu.global') }}", "{{ text }}"),
     "ahead: a page id as a row": ("ahead.ptx", "mad.lo.u32 token, page, {{ PAGE }}, token;", "mov.u32 token, page;"),
-    "ahead: a weak word": ("ahead.ptx", "@lead st.relaxed.cta.shared.b32 [smem+{{ ASKS }}], 0;", "@lead st.shared.b32 [smem+{{ ASKS }}], 0;"),
+    "ahead: a weak word": (
+        "ahead.ptx",
+        "@lead st.relaxed.cta.shared.b32 [smem+{{ ASKS }}], 0;",
+        "@lead st.shared.b32 [smem+{{ ASKS }}], 0;",
+    ),
     "ahead: a barrier of all": ("ahead.ptx", "    {{ m.bar_sync(0, threads) }}", "    bar.sync 0;"),
 }
 ROWS: dict[str, tuple[str, str, str]] = {
@@ -262,7 +266,11 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "        {{ pieces.visible('t0') }}",
     ),
     "V is not zeroed": ("narrow_consumers.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
-    "gathered: told too early": ("narrow_producer.ptx", "gather.arrive(ns.bars, FED)", "gather.arrive(ns.bars, 2 * FED)"),
+    "gathered: told too early": (
+        "narrow_producer.ptx",
+        "gather.arrive(ns.bars, FED)",
+        "gather.arrive(ns.bars, 2 * FED)",
+    ),
     "a box too far": ("narrow_consumers.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
     **PARTS,
     **TOGETHER,
@@ -287,13 +295,21 @@ ORDERS = {  # by mistake: one sequence this long (None: the usual cases), in a s
 }
 PAIR: dict[str, tuple[str, str, str]] = {
     "a box of the round before": ("narrow_consumers.ptx", _EARLIER + _FULL, _FULL),
-    "O not yet exchanged": ("narrow_consumers.ptx", "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}", "{% if PAIR %}"),
+    "O not yet exchanged": (
+        "narrow_consumers.ptx",
+        "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}",
+        "{% if PAIR %}",
+    ),
     "exchanged over tiles in use": (
         "narrow_consumers.ptx",
         "        {{ m.bar_sync(3, THEIRS) }}               // all tiles are done with\n",
         "",
     ),
-    "the other's O as it is": ("narrow_consumers.ptx", "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;", "mov.f32 theirs{{ j }}, f2;"),
+    "the other's O as it is": (
+        "narrow_consumers.ptx",
+        "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;",
+        "mov.f32 theirs{{ j }}, f2;",
+    ),
     "the sums of one consumer": ("narrow_consumers.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
     "every tile by both": ("narrow_consumers.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
     "the ring's parity": ("narrow_consumers.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
@@ -322,8 +338,16 @@ MIXED: dict[str, tuple[str, str, str]] = {
     ),
     "short: boxes given back early": ("wide.ptx", "'empty', i, 'of a short sequence'), 4)", "'empty', i, ''), 3)"),
     "middle: the combine has the other class": ("combine.ptx", "for tokens in SHORT | reverse", "for tokens in SHORT"),
-    "middle: rows of wide blocks": ("pieces.ptx", "@middle mov.u32 block_rows, {{ SHORT[1][1] }};", "@middle mov.u32 block_rows, 64;"),
-    "middle: pieces of the other class": ("pieces.ptx", "@middle ld.param.b32 num_splits", "@!middle ld.param.b32 num_splits"),
+    "middle: rows of wide blocks": (
+        "pieces.ptx",
+        "@middle mov.u32 block_rows, {{ SHORT[1][1] }};",
+        "@middle mov.u32 block_rows, 64;",
+    ),
+    "middle: pieces of the other class": (
+        "pieces.ptx",
+        "@middle ld.param.b32 num_splits",
+        "@!middle ld.param.b32 num_splits",
+    ),
     "middle: as many blocks as of the first class": ("pieces.ptx", "selp.b32 t2, t0, t2, middle;", ""),
     "middle: short ones, too": ("pieces.ptx", "middle, t0, {{ SHORT[0][0] }};", "middle, t0, -1;"),
 }

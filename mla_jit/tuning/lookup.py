@@ -429,9 +429,9 @@ def pillars(trials: Iterable[Trial]) -> list[Config]:
 def by_worst_case(trials: Iterable[Trial], *, of_most_effort: bool = False) -> list[Config]:
     """Configs by their worst ratio to the fastest, over the cases in which they were timed; [] if these are only one.
 
-    First those whose worst is within _ALIKE of the best worst, by their mean ratio, in steps of _STEP. On an H200, 16 heads × 4 sequences
-    of 512 to 131072 tokens: one is 19 % slower at worst, where sequences are long, and 11 % in the mean; another 39 %
-    with 512 tokens, 20 with 1024, and the fastest with more, 9 % in the mean.
+    First those whose worst is within _ALIKE of the best worst, by their mean ratio, in steps of _STEP. On an H200,
+    16 heads × 4 sequences of 512 to 131072 tokens: one is 19 % slower at worst, where sequences are long, and 11 % in
+    the mean; another 39 % with 512 tokens, 20 with 1024, and the fastest with more, 9 % in the mean.
 
     A case is a length with a mean length. Only configs that were timed in the most cases count: of the others the worst
     is not known. Of a config's times in a case the one of the most effort counts, of a case the best of the most.

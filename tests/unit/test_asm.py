@@ -285,7 +285,8 @@ def test_the_combine_is_as_committed(request: pytest.FixtureRequest) -> None:
 
 
 def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:
-    source = edited(source_of(), "narrow_consumers.ptx", "{{ m.wgmma_commit() }}", "{{ m.wgmma_commit() }} {{ NO_SUCH }}")
+    commit = "{{ m.wgmma_commit() }}"
+    source = edited(source_of(), "narrow_consumers.ptx", commit, f"{commit} {{{{ NO_SUCH }}}}")
     with pytest.raises(CompileError, match=r"narrow_consumers\.ptx, line \d+: 'NO_SUCH' is undefined"):
         render.render(source)
 
@@ -405,7 +406,8 @@ def test_both_kernels_of_a_call_stay_in_the_instruction_cache(heads: int) -> Non
     config = MIXED.default(problem, HOPPER)
     assert config["middle"]
     sizes = [len(ptx.compile_source(source).binary) for source in MIXED.sources(problem, HOPPER, config)]
-    assert len(sizes) == 2 and sum(sizes) <= 140_000
+    assert len(sizes) == 2
+    assert sum(sizes) <= 140_000
 
 
 # ---------------------------------------------------------------------------------------------------- in the rows

@@ -73,7 +73,15 @@ RUNS = {
     "persistent, in parts": ("--variant=decode_persistent_asm", "--part=4/24", "--page=0"),
     "persistent, bf16, another order": ("--variant=decode_persistent_asm", "--part=6/24", "--dtype=bf16", "--seed=5"),
     "persistent, real dims": ("--variant=decode_persistent_asm", "--cases=large", "--part=1/3", "--sms=7"),
-    "mixed": ("--variant=decode_mixed_asm", "--splits=12", "--heads=20", "--part=15/18", "short=64", "short_m=8", "middle=0"),
+    "mixed": (
+        "--variant=decode_mixed_asm",
+        "--splits=12",
+        "--heads=20",
+        "--part=15/18",
+        "short=64",
+        "short_m=8",
+        "middle=0",
+    ),
     "mixed, two classes": (
         "--variant=decode_mixed_asm",
         "--splits=6",

@@ -119,7 +119,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
 
 
 def _classes(config: Config) -> list[tuple[int, int]]:
-    """(tokens at most, rows of a block) of the sequences that decode_mixed_asm takes for short, the shorter ones first."""
+    """(tokens at most, rows of a block) of sequences that decode_mixed_asm takes for short, the shorter ones first."""
     short, rows, middle = config.int("short"), config.int("short_m"), config.int("middle")
     return [(short, rows)] + ([(middle, 2 * rows)] if middle else [])
 
@@ -152,15 +152,16 @@ def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
         return f"{p.rows} rows are one block of {most} for longer sequences too: decode_narrow_asm"
     if p.batch_invariant:
         return "batch_invariant: pieces have a fixed length"
-    if min(_short_splits(p, config)) < 1:
+    if min(_short_splits(p, config).values()) < 1:
         return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
     return None
 
 
-def _short_splits(p: DecodeProblem, config: Config) -> list[int]:
-    """Pieces of a short sequence of each class, for as many programs as a long one has."""
+def _short_splits(p: DecodeProblem, config: Config) -> dict[str, int]:
+    """By argument, pieces of a short sequence of each class, for as many programs as a long one has."""
     programs = splitk.num_splits(p, config) * -(-p.rows // _BOX)
-    return [programs // max(1, -(-p.rows // rows)) for _, rows in _classes(config)]
+    rows_of = dict(zip(("short_splits", "middle_splits"), (rows for _, rows in _classes(config)), strict=False))
+    return {name: programs // max(1, -(-p.rows // rows)) for name, rows in rows_of.items()}
 
 
 WIDE = Template(
@@ -309,14 +310,12 @@ def _shared_constants(template: Template, p: DecodeProblem, target: Target, conf
 
 def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[str, str, Arg]]:
     """[(parameter, signature entry, launch argument)] of the kernel: those of decode_splitk that it reads."""
-    found = _read(p, config, splitk._stage1(p, target, _like(config))[1]) + _short_argument(config)
+    found = _read(p, config, splitk._stage1(p, target, _like(config))[1]) + _short_arguments(p, config)
     return found + (splitk._scalars(("table_width",)) if _asks(p, config) else [])
 
 
-def _short_argument(config: Config) -> list[tuple[str, str, Arg]]:
-    if "short" not in config:
-        return []
-    return splitk._scalars(("short_splits", "middle_splits")[: len(_classes(config))])
+def _short_arguments(p: DecodeProblem, config: Config) -> list[tuple[str, str, Arg]]:
+    return splitk._scalars(tuple(_short_splits(p, config))) if "short" in config else []
 
 
 def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]]) -> list[tuple[str, str, Arg]]:
@@ -418,7 +417,7 @@ def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list
     unread = {"cp_rank", "cp_world"} if not p.context_parallel else set()
     unread |= {"lse_stride_t", "lse_stride_h", "lse_mul"} if not p.lse else set()
     found = [entry for entry in splitk._combine(p, target, _like(config))[1] if entry[0] not in unread]
-    return found + _short_argument(config)
+    return found + _short_arguments(p, config)
 
 
 def _asks(p: DecodeProblem, config: Config) -> bool:
@@ -499,7 +498,7 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
 
 
 def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    short = dict(zip(("short_splits", "middle_splits"), _short_splits(p, config))) if "short" in config else {}
+    short = _short_splits(p, config) if "short" in config else {}
     return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1} | short
 
 
@@ -520,7 +519,7 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     The bytes of partials and the second launch are in it, `together` or not.
     """
     if "short" in config:
-        for (tokens, rows), pieces in zip(_classes(config), _short_splits(p, config)):
+        for (tokens, rows), pieces in zip(_classes(config), _short_splits(p, config).values(), strict=True):
             if p.max_kv_len <= tokens:
                 config = config.replace(block_m=rows, num_kv_splits=max(1, pieces))
                 break
