@@ -465,8 +465,9 @@ def _by_worst_case(ratios: Mapping[Config, Sequence[float]]) -> list[Config]:
 
     def order(config: Config) -> tuple[Any, ...]:
         worst = max(ratios[config])
-        mean = statistics.fmean(map(math.log, ratios[config]))
-        return round(mean / _STEP) if worst <= limit else math.inf, worst, *simplest(config)
+        if worst > limit:
+            return math.inf, worst, *simplest(config)
+        return round(statistics.fmean(map(math.log, ratios[config])) / _STEP), worst, *simplest(config)
 
     return sorted(ratios, key=order)
 

@@ -110,7 +110,7 @@ RUNS = {
         "--page=16",
         "short=32",
         "short_m=16",
-        "middle=0",
+        "middle=64",
     ),
     "combine, many pieces at once": (
         "--splits=40",

@@ -251,6 +251,8 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
         like |= {"short": 2048, "short_m": 16, "middle": 8192 if p.rows > _NARROW else 0}
     config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
     config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
+    if template is MIXED and p.rows > _NARROW and min(_short_splits(p, config).values()) < 1:
+        return config.replace(short_m=_NARROW, middle=0)
     if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
         walking = config.replace(walk=True, together=False)
         if _walks(p, walking) and _rejects(template, p, target, walking) is None:
@@ -544,7 +546,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
         space |= {"walk": (False, True), "multicast": (False, True)}
     if template is MIXED:
         space |= {"short": (512, 1024, 2048, 4096, 8192, 16384), "short_m": (16, 24, 32), "together": (False,)}
-        space |= {"middle": (0, 4096, 8192, 16384, 32768)}
+        space |= {"middle": (0, 1024, 4096, 8192, 16384, 32768)}
     return Variant(
         name=template.name, op="decode", backend="asm", revision=revision,
         rejects=lambda p, target, config: _rejects(template, p, target, config),
