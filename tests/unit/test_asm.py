@@ -399,6 +399,38 @@ def test_first_tiles_are_asked_for_ahead(fields: dict[str, Any], changes: dict[s
         assert ("cp.async.bulk.prefetch.tensor" in render.render(source).text) is asks
 
 
+@pytest.mark.parametrize(
+    ("fields", "short_m", "middle"),
+    [
+        ({"num_heads": 128}, 16, 8192),
+        ({"num_heads": 20}, 16, 0),  # no blocks of 32 rows beside longer ones
+        ({"num_heads": 128, "batch": 16, "q_len": 2}, 32, 0),  # two pieces are too few programs for blocks of 16
+        ({"num_heads": 64, "batch": 64}, 32, 0),
+    ],
+)
+def test_the_default_has_as_many_classes_as_there_are_programs_for(
+    fields: dict[str, Any], short_m: int, middle: int
+) -> None:
+    problem = DecodeProblem(max_kv_len=131072, **fields)
+    config = MIXED.default(problem, HOPPER)
+    assert (config["short_m"], config["middle"]) == (short_m, middle)
+    assert MIXED.rejects(problem, HOPPER, config) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"short": 8192, "middle": 8192}, "middle 8192: more than short"),
+        ({"short_m": 24}, "blocks of at most 32 rows"),
+        ({"middle": 0, "short_m": 32}, None),
+    ],
+)
+def test_classes_of_short_sequences_that_make_no_sense_are_refused(changes: dict[str, Any], reason: str | None) -> None:
+    problem = DecodeProblem(num_heads=128, max_kv_len=131072)
+    said = MIXED.rejects(problem, HOPPER, MIXED.default(problem, HOPPER).replace(**changes))
+    assert said is None if reason is None else said is not None and reason in said
+
+
 @pytest.mark.parametrize("heads", [64, 128])
 def test_both_kernels_of_a_call_stay_in_the_instruction_cache(heads: int) -> None:
     """With more than 128 KB of code all calls are slower (decode_mixed.ptx); what else a cubin holds is about 10 KB."""
