@@ -762,30 +762,20 @@ def test_robust():
     assert lookup.robust([*rows, *faulty]) == config(2)
 
 
-def test_of_worst_cases_that_are_alike_the_mean_decides():
-    """1.20 and 1.40 are alike; 1.45 is not."""
-    table = {
-        1: {1024: 12.0, 4096: 24.0, 16384: 36.0},
-        2: {1024: 14.0, 4096: 20.0, 16384: 30.0},
-        3: {1024: 14.5, 4096: 20.0, 16384: 30.0},
-        4: {1024: 10.0, 4096: 40.0, 16384: 60.0},
-        5: {1024: 40.0, 4096: 20.0, 16384: 60.0},
-        6: {1024: 40.0, 4096: 40.0, 16384: 30.0},
-    }
-    ranked = lookup.by_worst_case(sorted(over_lengths(table), key=lambda t: str(t.problem)))
-    assert ranked[:3] == [config(2), config(1), config(3)]
-
-
-def test_of_means_that_noise_tells_apart_the_worst_case_decides():
-    """1.049 and 1.050 in the mean are the same, 1.063 and 1.075 are not."""
-    table = {
-        1: {1024: 10.0, 4096: 11.55, 16384: 30.0},
-        2: {1024: 10.5, 4096: 10.5, 16384: 31.5},
-        3: {1024: 11.0, 4096: 10.0, 16384: 33.9},
-        4: {1024: 10.0, 4096: 10.0, 16384: 36.0},
-    }
-    ranked = lookup.by_worst_case(sorted(over_lengths(table), key=lambda t: str(t.problem)))
-    assert ranked == [config(2), config(1), config(4), config(3)]
+@pytest.mark.parametrize(
+    ("table", "order"),
+    [
+        # worst cases of 1.20 and 1.40 are alike, and the mean decides; 1.45 is not
+        ({1: (12.0, 24.0, 36.0), 2: (14.0, 20.0, 30.0), 3: (14.5, 20.0, 30.0), 4: (10.0, 40.0, 60.0),
+          5: (40.0, 20.0, 60.0), 6: (40.0, 40.0, 30.0)}, (2, 1, 3)),
+        # means of 1.049 and 1.050 are the same, and the worst case decides; 1.063 and 1.075 are not
+        ({1: (10.0, 11.55, 30.0), 2: (10.5, 10.5, 31.5), 3: (11.0, 10.0, 33.9), 4: (10.0, 10.0, 36.0)}, (2, 1, 4, 3)),
+    ],
+)  # fmt: skip
+def test_the_mean_decides_and_the_worst_case_where_means_or_worst_cases_are_alike(table, order):
+    times = {number: dict(zip((1024, 4096, 16384), us, strict=True)) for number, us in table.items()}
+    ranked = lookup.by_worst_case(sorted(over_lengths(times), key=lambda t: str(t.problem)))
+    assert ranked[: len(order)] == [config(number) for number in order]
 
 
 def test_a_config_that_a_search_has_but_looked_at_everywhere_is_not_robust():

@@ -11,13 +11,13 @@ import dataclasses
 from mla_jit.compile.artifact import Source
 from mla_jit.config import Config
 from mla_jit.launch.base import Arg, Launch
-from mla_jit.ops.decode import asm_splitk, gluon, persistent
+from mla_jit.ops.decode import asm_blocks, asm_splitk, gluon, persistent
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 
 NAME = "decode_persistent_asm"
-TEMPLATE = dataclasses.replace(asm_splitk.WIDE, name=NAME, file="decode_persistent.ptx", tiles=(persistent.UNIT,))
+TEMPLATE = dataclasses.replace(asm_blocks.WIDE, name=NAME, file="decode_persistent.ptx", tiles=(persistent.UNIT,))
 _OVERHEAD = 3  # of a piece, in tiles
 
 

@@ -1,18 +1,14 @@
 """The rows in PTX: `decode_splitk_asm` (blocks of 64 rows), `decode_narrow_asm`, `decode_narrow_pair_asm` (8 to 32),
 `decode_mixed_asm` (64, but fewer for a sequence that turns out short).
 
-How sequences are cut, and the arguments, are those of splitk.py. Partials have the result's type (Triton's kernels have
-fp32 ones); `combine.ptx` sums them. Imports neither triton nor jinja2.
+Their blocks of rows are in asm_blocks.py. How sequences are cut, and the arguments, are those of splitk.py. Partials
+have the result's type (Triton's kernels have fp32 ones); `combine.ptx` sums them. Imports neither triton nor jinja2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from mla_jit import settings
 from mla_jit.compile import ptx, render
@@ -21,16 +17,29 @@ from mla_jit.config import Config
 from mla_jit.dtypes import DTYPES
 from mla_jit.launch.base import Arg, Launch
 from mla_jit.ops.decode import gluon, splitk
+from mla_jit.ops.decode.asm_blocks import (
+    BOX,
+    LISTED,
+    LONG,
+    MIXED,
+    NARROW,
+    NARROW_PAIR,
+    NARROW_ROWS,
+    WIDE,
+    WORD,
+    Template,
+    boxes_of,
+    classes,
+    copied_tokens,
+    gathers,
+    most_tokens,
+    short_splits,
+    walks,
+)
 from mla_jit.ops.variant import Cost, Variant
 from mla_jit.problem import DecodeProblem
 from mla_jit.target import Target
 
-_BOX = 64  # tokens and columns of a copy: 128 bytes a row, the widest swizzle
-_BOX_BYTES = _BOX * _BOX * 2
-_LEAST_COPIED = 8  # tokens of a copy, the rows over which a swizzle repeats; copies of four are slower than gathering
-_NARROW = 32  # rows for which Oᵀ stays in registers
-_TILES = 5  # that the ring holds at most; of copied ones, with one consumer, _COPIED_TILES
-_COPIED_TILES = 2
 _COMBINE = "combine.ptx"
 _HEADS, _COLUMNS = (1, 2, 4, 8), (64, 128, 256, 512)  # of a program of it
 _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
@@ -38,155 +47,11 @@ _COMBINED = 2048  # heads × columns of a program of it, 8 a thread
 _AHEAD = {8: 3, 16: 2, 32: 1}
 _FEW = 16  # sequences
 _LITTLE = 12288  # tokens × blocks of 64 rows below which narrow blocks, being more programs, are faster (one H200)
-_CLUSTER = (
-    2  # programs. Greater ones leave SMs idle: 32 clusters of four took two rounds on an H200 (70 us, 41 without)
-)
-_WORD = 16  # bytes of shared memory for one that ahead.ptx has
-_LISTED, _LONG = 512, 128  # pieces of a program that walks, at most; of a part's length, what a piece adds (line.ptx)
+_CLUSTER = 2  # programs. Greater ones leave SMs idle: 32 of four took two rounds on an H200 (70 us, 41 without)
 _PTX = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 # Parameters of decode_splitk by what a template does not read: bulk copies need maps, gathered tiles pointers.
 _GATHERED = ("kv_ptr", "kpe_ptr", "kv_stride_page", "kv_stride_tok", "kpe_stride_page", "kpe_stride_tok")
 _COPIED = ("kv_desc", "kpe_desc")
-
-
-@dataclass(frozen=True)
-class Template:
-    """What tells one template's row from another's.
-
-    blocks: why it has no block of rows for this problem and config, or None. block: the default's. layout: where things
-    lie in shared memory, in bytes, by the names of constants; ARENA is the size of all.
-    """
-
-    name: str
-    file: str
-    blocks: Callable[[DecodeProblem, Config], str | None]
-    block: Callable[[DecodeProblem, Target], int]
-    layout: Callable[[DecodeProblem, Target, Config], dict[str, Any]]
-    space: tuple[int, ...]  # of block_m
-    tiles: tuple[int, ...]  # of block_n
-
-
-def _copied(p: DecodeProblem, config: Config) -> int:
-    """Tokens of a bulk copy: as many as lie in one page wherever a tile begins."""
-    return math.gcd(p.page_size, config.int("block_n"))
-
-
-def _gathers(p: DecodeProblem, config: Config) -> bool:
-    """Whether tiles are gathered token by token: pages hold few of a tile's together, or do not lie in a row."""
-    return _copied(p, config) < _LEAST_COPIED or not p.flat_pages
-
-
-def _boxes(p: DecodeProblem) -> int:
-    return -(-p.kv_lora_rank // _BOX)
-
-
-def _wide_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """q, buffers for 128 tokens, maxima and sums of rows, barriers. A tile: an even number of boxes, and the rope's."""
-    boxes = -(-_boxes(p) // 2) * 2 + 1
-    tokens = config.int("block_n")
-    buffers = 128 // tokens
-    q, tile = boxes * _BOX_BYTES, boxes * tokens * 128
-    rows = q + buffers * tile
-    barriers = rows + 4 * 64 * 4
-    arena = barriers + buffers * 8 * (boxes + 2)
-    return {
-        "Q": 0, "K": [q + i * tile for i in range(buffers)], "ROWS": rows, "BARRIERS": barriers,
-        "ARENA": -(-arena // 16) * 16 + 16 * _LISTED if _walks(p, config) else arena,
-    }  # fmt: skip
-
-
-def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: int = 1) -> dict[str, Any]:
-    """The ring, q; of each consumer P, and maxima of its four warps; barriers.
-
-    Two tiles in the ring; as many boxes as there is room for where tiles are gathered, or two consumers have one each.
-    At the end two consumers have their sums and maxima where maxima were, and what they exchange of O in the ring.
-
-    On an H200 exactly two tiles are as fast as 25 boxes (2.8 tiles) or up to 5 % faster, 22 boxes and 14 are not; and
-    the second kernel's programs find room beside these (1024 tokens, 128 heads: 7.65 us, then 7.16).
-    """
-    n, boxes = config.int("block_m"), _boxes(p)
-    copied = boxes + (1 if p.rope_dim else 0)
-    q, weights, maxima = (boxes + 1) * n * 128, consumers * n * 128, (16 if consumers == 1 else 40) * n
-    slots = (target.smem_bytes - q - weights - maxima - _WORD) // (_BOX_BYTES + 16)
-    exchanged = boxes * (1 + boxes % 2) * n * 256 if consumers == 2 else 0
-    ends = n * (4 * p.kv_lora_rank + 16) + 1024 + exchanged  # and a piece's rows, to be put together
-    # with fewer than two tiles the gatherer would wait for itself
-    tiles = _COPIED_TILES if consumers == 1 and not _gathers(p, config) else _TILES
-    slots = max(2 * copied, -(-ends // _BOX_BYTES), min(slots, tiles * copied))
-    ring = slots * _BOX_BYTES
-    at = {"RING": 0, "Q": ring, "P": ring + q, "MAXIMA": ring + q + weights, "BARRIERS": ring + q + weights + maxima}
-    return {**at, "SLOTS": slots, "BLOCK_M": n, "ARENA": at["BARRIERS"] + 16 * slots}
-
-
-def _classes(config: Config) -> list[tuple[int, int]]:
-    """(tokens at most, rows of a block) of sequences that decode_mixed_asm takes for short, the shorter ones first."""
-    short, rows, middle = config.int("short"), config.int("short_m"), config.int("middle")
-    return [(short, rows)] + ([(middle, 2 * rows)] if middle else [])
-
-
-def _mixed_layout(p: DecodeProblem, target: Target, config: Config) -> dict[str, Any]:
-    """Wide's; for short sequences narrow's in the same place, but for its barriers, which lie behind."""
-    wide = _wide_layout(p, target, config)
-    room = dataclasses.replace(target, smem_bytes=wide["BARRIERS"])
-    found = [(tokens, rows, _narrow_layout(p, room, config.replace(block_m=rows))) for tokens, rows in _classes(config)]
-    slots = min(layout["SLOTS"] for *_, layout in found)
-    barriers = max(wide["ARENA"], *(layout["BARRIERS"] for *_, layout in found))
-    return wide | {
-        "SHORT": [
-            [tokens, rows, slots, [layout[name] for name in ("RING", "Q", "P", "MAXIMA")]]
-            for tokens, rows, layout in found
-        ],
-        "SHORT_BARRIERS": barriers, "ARENA": barriers + 16 * slots,
-    }  # fmt: skip
-
-
-def _mixed_blocks(p: DecodeProblem, config: Config) -> str | None:
-    if config["together"] or (config["block_m"], config["block_n"]) != (_BOX, _BOX):
-        return (
-            "long sequences are served in blocks of 64 rows and tiles of 64 tokens, whose pieces are not put together"
-        )
-    if config["middle"] and not (config.int("middle") > config.int("short") and 2 * config.int("short_m") <= _NARROW):
-        return f"middle {config['middle']}: more than short, with blocks of at most {_NARROW} rows, twice short_m's"
-    most = max(rows for _, rows in _classes(config))
-    if p.rows <= most:
-        return f"{p.rows} rows are one block of {most} for longer sequences too: decode_narrow_asm"
-    if p.batch_invariant:
-        return "batch_invariant: pieces have a fixed length"
-    if min(_short_splits(p, config).values()) < 1:
-        return f"{splitk.num_splits(p, config)} pieces are too few programs for blocks of {config['short_m']} rows"
-    return None
-
-
-def _short_splits(p: DecodeProblem, config: Config) -> dict[str, int]:
-    """By argument, pieces of a short sequence of each class, for as many programs as a long one has."""
-    programs = splitk.num_splits(p, config) * -(-p.rows // _BOX)
-    rows_of = dict(zip(("short_splits", "middle_splits"), (rows for _, rows in _classes(config)), strict=False))
-    return {name: programs // max(1, -(-p.rows // rows)) for name, rows in rows_of.items()}
-
-
-WIDE = Template(
-    name="decode_splitk_asm", file="decode_splitk.ptx", blocks=lambda p, config: None, block=lambda p, target: 64,
-    layout=_wide_layout, space=(64,), tiles=(32, 64),
-)  # fmt: skip
-NARROW = Template(
-    name="decode_narrow_asm", file="decode_narrow.ptx",
-    blocks=lambda p, config: (
-        f"{p.rows} rows fit a block of fewer than {config['block_m']}"
-        if config.int("block_m") >= max(p.rows, 1) + 8 else None
-    ),
-    block=lambda p, target: (
-        max(8, -(-p.rows // 8) * 8) if p.rows <= _NARROW
-        else 16 if -(-p.rows // 16) * p.num_kv_heads * _tokens(p) <= target.sms * _BOX else _NARROW
-    ),
-    layout=_narrow_layout, space=(8, 16, 24, 32), tiles=(64,),
-)  # fmt: skip
-MIXED = dataclasses.replace(
-    WIDE, name="decode_mixed_asm", file="decode_mixed.ptx", blocks=_mixed_blocks, layout=_mixed_layout, tiles=(64,),
-)  # fmt: skip
-NARROW_PAIR = dataclasses.replace(
-    NARROW, name="decode_narrow_pair_asm", file="decode_narrow_pair.ptx",
-    layout=lambda p, target, config: _narrow_layout(p, target, config, consumers=2),
-)  # fmt: skip
 
 
 def _rejects(template: Template, p: DecodeProblem, target: Target, config: Config) -> str | None:
@@ -206,10 +71,10 @@ def _rejects(template: Template, p: DecodeProblem, target: Target, config: Confi
     if slots(p, target, config) * splitk._row_blocks(p, config) >= 2**31:
         return "batch × rows × splits exceeds the largest grid (2^31); pass a smaller num_kv_splits"
     if config.get("walk"):
-        if config["together"] or config["block_n"] != _BOX:
-            return f"walk: for tiles of {_BOX} tokens, whose pieces are not put together"
-        if _walks(p, config) and _LONG + p.batch // splitk._wave(p, target, config) + 4 > _LISTED:
-            return f"walk: a program may have more than {_LISTED} pieces of so many sequences"
+        if config["together"] or config["block_n"] != BOX:
+            return f"walk: for tiles of {BOX} tokens, whose pieces are not put together"
+        if walks(p, config) and LONG + p.batch // splitk._wave(p, target, config) + 4 > LISTED:
+            return f"walk: a program may have more than {LISTED} pieces of so many sequences"
     return None
 
 
@@ -221,15 +86,15 @@ def _refuses(template: Template, p: DecodeProblem, target: Target, config: Confi
         return "a cache with scales is multiplied group by group; this kernel multiplies tiles as they were copied"
     if p.q_dtype != p.kv_dtype or p.q_dtype not in ("bf16", "fp16"):
         return "q and the cache must both be bf16, or both fp16"
-    if p.kv_lora_rank > 512 or p.kv_lora_rank % 8 or p.rope_dim > _BOX or p.rope_dim % 8:
+    if p.kv_lora_rank > 512 or p.kv_lora_rank % 8 or p.rope_dim > BOX or p.rope_dim % 8:
         return f"kv_lora_rank {p.kv_lora_rank}, rope_dim {p.rope_dim}: multiples of 8 up to 512 and 64 are served"
     if p.misaligned:
         return f"{', '.join(p.misaligned)}: the base or a stride is no multiple of 16 bytes"
     if (reason := template.blocks(p, config)) is not None:
         return reason
-    if config["block_n"] != _BOX and _gathers(p, config):
+    if config["block_n"] != BOX and gathers(p, config):
         return f"page size {p.page_size}: tiles of {config['block_n']} tokens are not gathered"
-    if (size := template.layout(p, target, config)["ARENA"] + _WORD) > target.smem_bytes:
+    if (size := template.layout(p, target, config)["ARENA"] + WORD) > target.smem_bytes:
         return f"{size} bytes of shared memory, {target.name} has {target.smem_bytes}"
     if p.out_dtype == "fp16" and (p.kv_dtype != "fp16" or p.kv_scale):
         return "a piece's result may exceed fp16 where the whole does not, and partials have the result's type"
@@ -248,14 +113,14 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
     if template is WIDE:
         like |= {"walk": False, "multicast": _long(p)}
     if template is MIXED:
-        like |= {"short": 2048, "short_m": 16, "middle": 8192 if p.rows > _NARROW else 0}
+        like |= {"short": 2048, "short_m": 16, "middle": 8192 if p.rows > NARROW_ROWS else 0}
     config = Config.of(template.name, **like, policy="evict_first", together=template is not MIXED)
     config = config.replace(num_kv_splits=splitk._default_splits(p, target, config))
-    if template is MIXED and p.rows > _NARROW and min(_short_splits(p, config).values()) < 1:
-        return config.replace(short_m=_NARROW, middle=0)
+    if template is MIXED and p.rows > NARROW_ROWS and min(short_splits(p, config).values()) < 1:
+        return config.replace(short_m=NARROW_ROWS, middle=0)
     if template is WIDE and p.batch > _FEW and config["num_kv_splits"] != _CLUSTER:
         walking = config.replace(walk=True, together=False)
-        if _walks(p, walking) and _rejects(template, p, target, walking) is None:
+        if walks(p, walking) and _rejects(template, p, target, walking) is None:
             return walking
     return config
 
@@ -263,12 +128,7 @@ def _default(template: Template, p: DecodeProblem, target: Target) -> Config:
 def _long(p: DecodeProblem) -> bool:
     """Where `multicast` is 1 to 9 % faster on an H200 (128 heads: 64 and 128 sequences of 4096 tokens, 16 to 128 of
     16384 and 65536); with fewer tokens it makes no difference, or costs 1 or 2 %."""
-    return _tokens(p) > 1 << 17
-
-
-def _tokens(p: DecodeProblem) -> int:
-    """At most so many: what is compiled ahead is looked for by bounds (ahead.py)."""
-    return p.batch * p.max_kv_len
+    return most_tokens(p) > 1 << 17
 
 
 def _like(config: Config) -> Config:
@@ -279,11 +139,11 @@ def _like(config: Config) -> Config:
 
 
 def _constants(template: Template, p: DecodeProblem, target: Target, config: Config) -> dict[str, Scalar]:
-    own: dict[str, Scalar] = {"WALK": _walks(p, config)} if "walk" in config else {}
+    own: dict[str, Scalar] = {"WALK": walks(p, config)} if "walk" in config else {}
     own |= {} if "short" in config else {"SPLITS": _CLUSTER if _together(p, config) else 0}
     if _asks(p, config):  # with a word more, behind all else
         arena = template.layout(p, target, config)["ARENA"]
-        own |= {"ASKS": arena, "ARENA": arena + _WORD}
+        own |= {"ASKS": arena, "ARENA": arena + WORD}
     else:
         own |= {"ASKS": 0}
     return _shared_constants(template, p, target, config) | own | {
@@ -304,7 +164,7 @@ def _shared_constants(template: Template, p: DecodeProblem, target: Target, conf
         "G": p.gqa_ratio, "NUM_KV_HEADS": p.num_kv_heads, "MULTI": p.q_len > 1, "C": p.kv_lora_rank, "R": p.rope_dim,
         "PAGE": p.page_size, "ROW_BLOCKS": 1 if p.rows <= config.int("block_m") else 0,
         "LAZY": bool(config["lazy"]), "POLICY": config.text("policy"),
-        "TOKENS": config.int("block_n"), "COPIED": _copied(p, config), "GATHER": _gathers(p, config),
+        "TOKENS": config.int("block_n"), "COPIED": copied_tokens(p, config), "GATHER": gathers(p, config),
         "CAUSAL": p.causal and p.q_len > 1, "CAP": p.soft_cap, "CP": p.context_parallel, "HAS_LENS": p.has_lens,
         "DTYPE": _PTX[p.q_dtype], "OUT": _PTX[p.out_dtype], "DEBUG": settings.current().bounded_waits,
     }  # fmt: skip
@@ -317,12 +177,12 @@ def _arguments(p: DecodeProblem, target: Target, config: Config) -> list[tuple[s
 
 
 def _short_arguments(p: DecodeProblem, config: Config) -> list[tuple[str, str, Arg]]:
-    return splitk._scalars(tuple(_short_splits(p, config))) if "short" in config else []
+    return splitk._scalars(tuple(short_splits(p, config))) if "short" in config else []
 
 
 def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]]) -> list[tuple[str, str, Arg]]:
     """Those of a Triton kernel's arguments that a template reads, with the boxes that it copies."""
-    unread = set(_COPIED if _gathers(p, config) else _GATHERED)
+    unread = set(_COPIED if gathers(p, config) else _GATHERED)
     unread |= {"q_pe_ptr", "q_pe_stride_t", "q_pe_stride_h"} if p.rope_dim == 0 else set()
     unread |= {"kpe_ptr", "kpe_stride_page", "kpe_stride_tok"} if p.rope_dim == 0 else set()
     unread |= {"kv_stride_head", "kpe_stride_head"} if p.num_kv_heads == 1 else set()
@@ -334,7 +194,7 @@ def _read(p: DecodeProblem, config: Config, arguments: list[tuple[str, str, Arg]
     found = []
     for name, kind, arg in arguments:
         if arg.kind == "tma":
-            box = (_copied(p, config), _BOX)
+            box = (copied_tokens(p, config), BOX)
             kind, arg = f"tma<{p.kv_dtype}[{box[0]},{box[1]}]>", dataclasses.replace(arg, block=box)
         if name not in unread:
             found.append((name, kind, arg))
@@ -358,8 +218,8 @@ def _combine(p: DecodeProblem, target: Target, config: Config) -> Source:
         "H": p.num_heads, "C": p.kv_lora_rank, "HEADS": heads, "COLUMNS": columns, "OUT": _PTX[p.out_dtype],
         "ARENA": max(groups * columns * 4, 4096) + 8 * groups + 4 * lanes, "MULTI": p.q_len > 1, "PAGE": p.page_size,
         "BATCH_POW2": lanes, "TOKENS": config.int("block_n"), "CP": p.context_parallel,
-        "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": _walks(p, config),
-        "SHORT": json.dumps([tokens for tokens, _ in _classes(config)] if "short" in config else []),
+        "HAS_LENS": p.has_lens, "PDL": bool(config["pdl"]), "WALK": walks(p, config),
+        "SHORT": json.dumps([tokens for tokens, _ in classes(config)] if "short" in config else []),
         "AT_ONCE": _ahead(p, config) * 2 // DTYPES[p.out_dtype].bytes, "PER_SM": _AHEAD[_ahead(p, config)],
     }  # fmt: skip
     return _source(target, "decode_combine_asm", _COMBINE, constants, _combine_arguments(p, target, config))
@@ -425,12 +285,7 @@ def _combine_arguments(p: DecodeProblem, target: Target, config: Config) -> list
 def _asks(p: DecodeProblem, config: Config) -> bool:
     """Whether the first tiles are asked for in the L2 before the grid before has ended (ahead.ptx)."""
     known = p.has_lens and p.paging == "table"
-    return bool(config["pdl"]) and known and not _gathers(p, config) and not _walks(p, config)
-
-
-def _walks(p: DecodeProblem, config: Config) -> bool:
-    """Whether the tunable `walk` has an effect: lengths may be uneven."""
-    return bool(config.get("walk")) and splitk._balances(p)
+    return bool(config["pdl"]) and known and not gathers(p, config) and not walks(p, config)
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
@@ -448,9 +303,9 @@ def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
 
     Nor in parts of so few boxes that a lane has none after it has waited for the second half of a buffer: nothing would
     keep that from being filled and freed again meanwhile, with the parity that the lane waits to see the end of."""
-    pairs = -(-max(p.rows, 1) // _BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * _BOX) == 0)
-    pairs &= _copied(p, config) == config.int("block_n") or _boxes(p) > 2 or p.rope_dim > 0
-    free = not _gathers(p, config) and not settings.current().bounded_waits
+    pairs = -(-max(p.rows, 1) // BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * BOX) == 0)
+    pairs &= copied_tokens(p, config) == config.int("block_n") or boxes_of(p) > 2 or p.rope_dim > 0
+    free = not gathers(p, config) and not settings.current().bounded_waits
     return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
 
 
@@ -467,7 +322,7 @@ def _launches(template: Template, p: DecodeProblem, target: Target, config: Conf
     """
     args = tuple(arg for *_, arg in _arguments(p, target, config))
     count = slots(p, target, config)
-    if _walks(p, config):  # as many as the device holds have the work, those of a lower place if lengths are even
+    if walks(p, config):  # as many as the device holds have the work, those of a lower place if lengths are even
         count = max(p.batch * splitk.num_splits(p, config), splitk._wave(p, target, config))
     grid = (max(1, count * splitk._row_blocks(p, config)), 1, 1)
     together = _together(p, config)
@@ -490,7 +345,7 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
     For uneven lengths as in splitk.py, but for few sequences no more than the device works on at once beside one for
     each: a program here fills an SM, so one that has nothing to do waits until another ends, and the combine for it.
     """
-    if _walks(p, config):
+    if walks(p, config):
         return p.batch * splitk.num_splits(p, config) + splitk._wave(p, target, config)
     found = splitk.slots(p, target, config)
     if splitk._balances(p) and p.batch <= _FEW:
@@ -500,7 +355,7 @@ def slots(p: DecodeProblem, target: Target, config: Config) -> int:
 
 
 def _numbers(p: DecodeProblem, target: Target, config: Config) -> dict[str, int]:
-    short = _short_splits(p, config) if "short" in config else {}
+    short = short_splits(p, config) if "short" in config else {}
     return splitk.numbers(p, target, config) | {"slots": slots(p, target, config), "uncut": 1} | short
 
 
@@ -521,18 +376,18 @@ def _cost(p: DecodeProblem, target: Target, config: Config) -> Cost:
     The bytes of partials and the second launch are in it, `together` or not.
     """
     if "short" in config:
-        for (tokens, rows), pieces in zip(_classes(config), _short_splits(p, config).values(), strict=True):
+        for (tokens, rows), pieces in zip(classes(config), short_splits(p, config).values(), strict=True):
             if p.max_kv_len <= tokens:
                 config = config.replace(block_m=rows, num_kv_splits=max(1, pieces))
                 break
     found = splitk.cost(p, target, _like(config))
     wide = gluon._beside_triton(p)
-    if config["block_m"] == _BOX:
+    if config["block_m"] == BOX:
         return dataclasses.replace(found, time_us=0.95 * wide * found.time_us)
-    if p.rows <= _NARROW:  # never slower than Triton's own
+    if p.rows <= NARROW_ROWS:  # never slower than Triton's own
         plain = splitk.cost(p, target, splitk.default(p, target)).time_us
         return dataclasses.replace(found, time_us=(0.9 if p.rows <= 16 else 0.7) * min(found.time_us, plain))
-    little = _tokens(p) * -(-p.rows // _BOX) * p.num_kv_heads <= _LITTLE
+    little = most_tokens(p) * -(-p.rows // BOX) * p.num_kv_heads <= _LITTLE
     return dataclasses.replace(found, time_us=(0.85 * min(1.0, wide) if little else 2.0) * found.time_us)
 
 
