@@ -6,6 +6,7 @@ PTX ISA 9.7.9 (data movement), 9.7.13 (synchronisation), 9.7.14.5 (ldmatrix), 9.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -1005,8 +1006,8 @@ def _wait(d: Decoder, what: str) -> Run:
 class BarrierWait:
     """Ended by SharedMemory.bar_arrive."""
 
-    def __init__(self, w: Any, number: int) -> None:
-        self.w, self.number = w, number
+    def __init__(self, w: Any, number: int, told: Callable[[bool], None] | None = None) -> None:
+        self.w, self.number, self.told = w, number, told  # told: whether bar.red found it true of any, or of all
 
     def ready(self) -> bool:
         return False
@@ -1033,11 +1034,18 @@ def _bar(d: Decoder) -> Run:
     if d.base == "barrier" and d.take("cluster"):
         return cluster_barrier(d)
     d.drop("cta")
-    sync = d.need("sync", "arrive") == "sync"
+    how = d.need("sync", "arrive", "red")
+    sync = how != "arrive"
+    operands, told, vote, negated = list(d.operands), -1, -1, 0
+    if how == "red":
+        how = d.need("or", "and")
+        d.type("pred")
+        told = d.predicate_target(operands.pop(0))
+        vote, negated = d.predicate(operands.pop())
     aligned = bool(d.take("aligned")) or d.base == "bar"
-    d.finish(1, 2) if sync else d.finish(2)
-    number = d.source(d.operands[0], "u32")
-    threads = d.source(d.operands[1], "u32") if len(d.operands) == 2 else -1
+    d.finish(*((3, 4) if vote >= 0 else (1, 2) if sync else (2,)))
+    number = d.source(operands[0], "u32")
+    threads = d.source(operands[1], "u32") if len(operands) == 2 else -1
     name = d.statement.op
 
     def run(w: Any, m: int) -> Any:
@@ -1051,10 +1059,15 @@ def _bar(d: Decoder) -> Run:
         if (w.rows[number] != n).any() or (threads >= 0 and (w.rows[threads] != count).any()):
             raise ProtocolError(f"{name}: the lanes differ in its operands")
         fragment = w.fragment
+        said = None
+        if vote >= 0:
+            value = (w.preds[vote] ^ negated) & FULL
+            said = (how, value != 0 if how == "or" else value == FULL)
         if sync:
-            fragment.blocked = BarrierWait(w, n)
+            tell = (lambda found: set_pred(w, told, FULL if found else 0, FULL)) if vote >= 0 else None
+            fragment.blocked = BarrierWait(w, n, tell)
         fragment.pc += 1
-        w.shared.bar_arrive(w.index, n, count, fragment if sync else None, threads >= 0)
+        w.shared.bar_arrive(w.index, n, count, fragment if sync else None, threads >= 0, said)
         return BLOCKED if fragment.blocked is not None else YIELD
 
     return run

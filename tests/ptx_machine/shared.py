@@ -61,6 +61,7 @@ class NamedBarrier:
     arrived: int = 0
     warps: list[int] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)  # (warp, fragment)
+    said: list[tuple[str, bool]] = field(default_factory=list)  # by bar.red: (or | and, of a warp)
     clock: Array | None = None
 
 
@@ -496,7 +497,9 @@ class SharedMemory:
         mbarrier.pending = mbarrier.count
 
     # ------------------------------------------------------------------ named barriers (9.7.13.1)
-    def bar_arrive(self, w: int, number: int, threads: int, waiting: Any, counted: bool = True) -> bool:
+    def bar_arrive(
+        self, w: int, number: int, threads: int, waiting: Any, counted: bool = True, said: tuple[str, bool] | None = None
+    ) -> bool:
         """One warp arrives; True when that completes the barrier and wakes those who wait. `counted`: it says of how
         many threads; of all of a CTA it may not, but then nobody may: an H200 calls it an illegal instruction."""
         if not 0 <= number < 16:
@@ -511,6 +514,9 @@ class SharedMemory:
         if barrier.arrived and barrier.counted != counted:
             raise ProtocolError(f"barrier {number}: with a count of threads here, without one there")
         barrier.counted = counted
+        if barrier.arrived and ({how for how, _ in barrier.said} or {None}) != {said[0] if said else None}:
+            raise ProtocolError(f"barrier {number}: a bar.red of one kind here, not there")
+        barrier.said += [said] if said else []
         if w in barrier.warps:
             raise ProtocolError(f"barrier {number}: warp {w} arrives a second time before the barrier is complete")
         barrier.expected = threads
@@ -524,6 +530,8 @@ class SharedMemory:
             return False
         for warp, fragment in barrier.waiting:
             self.acquire(warp, barrier.clock)
+            if barrier.said:
+                fragment.blocked.told((any if barrier.said[0][0] == "or" else all)(found for _, found in barrier.said))
             fragment.blocked = None
         self.barriers[number] = NamedBarrier()
         return True
