@@ -10,15 +10,17 @@ _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluste
 
 CHANGES: dict[str, dict[str, object]] = {
     "walk: ": {"walk": True, "together": False},
+    "even: ": {"walk": False, "together": False, "multicast": False},
     "short: ": {"short": 256, "short_m": 8, "middle": 0},
     "middle: ": {"short": 256, "short_m": 8, "middle": 512},
     "multicast: ": {"multicast": True, "together": False},
     "multicast, persistent: ": {"multicast": True},
+    "combine, many: ": {"min_tiles": 1, "together": False, "walk": False, "combine_h": 4},
     "combine, by lengths: ": {"num_kv_splits": 4, "min_tiles": 1, "together": False, "walk": False},
 }  # by how a mistake's name begins, the tunables that reach it
 PAGES = {"in parts: ": 48, "gathered: ": 7}  # by how its name begins, the page size of the only cases that reach it
 # By how a mistake's name begins, into how many pieces sequences are cut to reach it.
-PIECES = {"together: ": 2, "sent: ": 2, "combine: ": 4}
+PIECES = {"together: ": 2, "sent: ": 2, "combine: ": 4, "combine, many: ": 11}
 TOGETHER: dict[str, tuple[str, str, str]] = {
     "together: pieces not released": ("together.ptx", _FIRST, _FIRST.replace("release", "relaxed")),
     "together: gone too early": ("together.ptx", _LAST, "    }"),
@@ -147,6 +149,7 @@ COMBINE: dict[str, tuple[str, str, str]] = {
         "    @cut bra PIECES;\n",
         "    @cut bra PIECES;\n    setp.eq.u32 cut, 0, 0;\n",
     ),
+    "combine, many: the next piece's place": ("combine.ptx", "else u * H * GROUPS %}", "else u * H %}"),
     "combine: another head": ("combine.ptx", "mul.lo.s64 d0, d0, {{ H }};", "mul.lo.s64 d0, d0, {{ H + 1 }};"),
 }
 _NEXT_FED = "        {{ NEXT_PIECE() | replace('bra EXIT', 'bra ' ~ FED_ALL) }}\n"
@@ -163,8 +166,8 @@ LOOP: dict[str, tuple[str, str, str]] = {
     ),
     "an odd tile's parity": (
         "wide.ptx",
-        "        @p xor.b32 phase, phase, 1;\n{% endif %}\n        @p bra DONE0;",
-        "{% endif %}\n        @p bra DONE0;",
+        "        @p xor.b32 phase, phase, 1;\n{% endif %}\n{% if not OVERLAPS %}",
+        "{% endif %}\n{% if not OVERLAPS %}",
     ),
     "the producer begins anew": (
         "wide.ptx",
@@ -225,6 +228,16 @@ WIDE: dict[str, tuple[str, str, str]] = {
     **AHEAD,
     **ROWS,
     "rows: chunks of the first": ("wide.ptx", "xor.b32 t9, t7, {{ 16 * (i % 8) }};", "mov.b32 t9, t7;"),
+    "even: the last products not waited for": (
+        "wide.ptx",
+        "{% if OVERLAPS %}\n        {{ m.wgmma_wait(0) }}\n{% endif %}\n{% for e in",
+        "{% for e in",
+    ),
+    "even: results over V that others read": (
+        "wide.ptx",
+        "{% if OVERLAPS %}\n        {{ m.bar_sync(3 + b, 128) }}",
+        "{% if OVERLAPS %}\n",
+    ),
     **MULTICAST,
     **{f"walk: {name}": mistake for name, mistake in LOOP.items()},
     "walk: the line of other lengths": ("line.ptx", "add.u32 t9, t8, t2;", "add.u32 t9, t8, t3;"),
@@ -253,10 +266,14 @@ NARROW: dict[str, tuple[str, str, str]] = {
     "no fence after P": ("narrow_consumers.ptx", _FENCED + _P_THERE, _P_THERE),
     "no barrier after P": ("narrow_consumers.ptx", _P_THERE, "        // P is there"),
     "the ring's parity": ("narrow.ptx", "@p xor.b32 {{ phase }}, {{ phase }}, 1;", ""),
-    "no wait for a free box": ("narrow_producer.ptx", "{{ m.mbar_wait('t2', 't1') }}", ""),
+    "no wait for a free box": (
+        "narrow_producer.ptx",
+        "        {{ m.mbar_wait('bars+%d' % (BARRIERS + 8 * SLOTS), 't1') }}\n",
+        "",
+    ),
     "O is not rescaled": ("narrow_consumers.ptx", "@!grown bra SAME;", "bra SAME;"),
     "the sums of three warps": (
-        "narrow_consumers.ptx",
+        "narrow_end.ptx",
         "(1, 2, 3) %}\n        " + _OTHERS + "        add",
         "(1, 2) %}\n        " + _OTHERS + "        add",
     ),
@@ -271,18 +288,38 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "gather.arrive(ns.bars, FED)",
         "gather.arrive(ns.bars, 2 * FED)",
     ),
-    "a box too far": ("narrow_consumers.ptx", "(RING + 2048 * k)", "(RING + 2048 * (k - 1))"),
+    "a box too far": (
+        "narrow_consumers.ptx",
+        "(BOX * (c + ROPE) if WHOLE else 0) + 2048 * k)",
+        "(BOX * (c + ROPE) if WHOLE else 0) + 2048 * (k - 1))",
+    ),
+    "the last products not waited for": ("narrow_end.ptx", "{{ m.wgmma_wait(0 if loop.last else 1) }}", ""),
+    "the next portion's products not waited for": ("narrow_end.ptx", "(0 if loop.last else 1)", "(1)"),
+    "a portion copied before it is there": (
+        "narrow_end.ptx",
+        "        {{ m.bar_sync('ours', 128) }}\n{% if start and",
+        "{% if start and",
+    ),
+    "every portion the first": ("narrow_end.ptx", "(loop.index0, 128 * start)", "(loop.index0, 0)"),
+    "a sequence without tokens sees some": ("narrow_consumers.ptx", "        bra MASK;\n", "        bra CLEAR;\n"),
+    "grown for one warp alone": (
+        "narrow_consumers.ptx",
+        "        {{ m.bar_any('grown', 'ours', 128) }}\n",
+        "        {{ m.bar_sync('ours', 128) }}\n",
+    ),
+    "nothing has grown since the first tile": ("narrow_consumers.ptx", "f0, 0f41000000, grown;", "f0, 0f7F800000, grown;"),
+    "a piece too long by a rounded quotient": ("macros.ptx", "        @more add.u32", "        // @more add.u32"),
     **PARTS,
     **TOGETHER,
     **OVERLAP,
     **AHEAD,
     "ahead: the next box": ("ahead.ptx", "        sub.u32 x, box, {{ ROPE }};\n", "        mov.u32 x, box;\n"),
     **ROWS,
-    "rows: chunks of the first": ("narrow_consumers.ptx", "xor.b32 t8, t5, {{ 16 * (i % 8) }};", "mov.b32 t8, t5;"),
+    "rows: chunks of the first": ("narrow_consumers.ptx", "xor.b32 t6, copy_chunk, t4;", "mov.b32 t6, copy_chunk;"),
     "rows: one more": (
-        "narrow_consumers.ptx",
-        "setp.gt.and.s32 p, t7, {{ i }}, grown;",
-        "setp.ge.and.s32 p, t7, {{ i }}, grown;",
+        "narrow_end.ptx",
+        "setp.gt.and.s32 p, copy_rows, {{ i }}, copies;",
+        "setp.ge.and.s32 p, copy_rows, {{ i }}, copies;",
     ),
 }
 _EARLIER = "        {{ m.mbar_wait('t2', 't1') }}\n"
@@ -291,26 +328,27 @@ ORDERS = {  # by mistake: one sequence this long (None: the usual cases), in a s
     "a box of the round before": ((700,), 4),
     "combine: ended before stage 1": ((1,), 0),
     "combine, by lengths: even ones as uneven ones": ((700, 700, 700), 0),
+    "combine, many: the next piece's place": ((700,), 0),
     "multicast, persistent: gone before the other has arrived": (None, 3),
 }
 PAIR: dict[str, tuple[str, str, str]] = {
     "a box of the round before": ("narrow_consumers.ptx", _EARLIER + _FULL, _FULL),
     "O not yet exchanged": (
-        "narrow_consumers.ptx",
-        "        {{ m.bar_sync(3, THEIRS) }}\n{% if PAIR %}",
-        "{% if PAIR %}",
+        "narrow_end.ptx",
+        "        {{ m.bar_sync(3, THEIRS) }}\n{% if OVERLAPS",
+        "{% if OVERLAPS",
     ),
     "exchanged over tiles in use": (
-        "narrow_consumers.ptx",
+        "narrow_end.ptx",
         "        {{ m.bar_sync(3, THEIRS) }}               // all tiles are done with\n",
         "",
     ),
     "the other's O as it is": (
-        "narrow_consumers.ptx",
+        "narrow_end.ptx",
         "mul.f32 theirs{{ j }}, theirs{{ j }}, f2;",
         "mov.f32 theirs{{ j }}, f2;",
     ),
-    "the sums of one consumer": ("narrow_consumers.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
+    "the sums of one consumer": ("narrow_end.ptx", "add.f32 l{{ j }}, l{{ j }}, f{{ 6 + e }};", ""),
     "every tile by both": ("narrow_consumers.ptx", "add.u32 n0, first_tile, group;", "mov.u32 n0, first_tile;"),
     "the ring's parity": ("narrow_consumers.ptx", "        @p xor.b32 phase, phase, 1;\n", ""),
 }
@@ -330,25 +368,34 @@ MIXED: dict[str, tuple[str, str, str]] = {
         "    add.u32 piece, piece, split;\n    setp",
         "    setp",
     ),
-    "short: the first rows alone": ("pieces.ptx", "    sub.u32 row_block, split, t1;", "    mov.u32 row_block, 0;"),
+    "short: the first rows alone": ("pieces.ptx", "    mov.u32 row_block, block0;", "    mov.u32 row_block, 0;"),
     "short: as many blocks as of 64 rows": (
         "pieces.ptx",
-        "t1, {{ SHORT[0][1] - 1 }};\n    {{ m.divide('t2', 't2', SHORT[0][1]) }}",
-        "t1, {{ BLOCK_M - 1 }};\n    {{ m.divide('t2', 't2', BLOCK_M) }}",
+        "{{ m.divide('split%d' % i, 't0', (G + class[1] - 1) // class[1]) }}",
+        "{{ m.divide('split%d' % i, 't0', (G + BLOCK_M - 1) // BLOCK_M) }}",
     ),
     "short: boxes given back early": ("wide.ptx", "'empty', i, 'of a short sequence'), 4)", "'empty', i, ''), 3)"),
     "middle: the combine has the other class": ("combine.ptx", "for tokens in SHORT | reverse", "for tokens in SHORT"),
     "middle: rows of wide blocks": (
         "pieces.ptx",
-        "@middle mov.u32 block_rows, {{ SHORT[1][1] }};",
-        "@middle mov.u32 block_rows, 64;",
+        "selp.b32 block_rows, {{ SHORT[1][1] }},",
+        "selp.b32 block_rows, 64,",
     ),
     "middle: pieces of the other class": (
         "pieces.ptx",
-        "@middle ld.param.b32 num_splits",
-        "@!middle ld.param.b32 num_splits",
+        "selp.b32 num_splits, splits1, splits0, middle;",
+        "selp.b32 num_splits, splits0, splits1, middle;",
     ),
-    "middle: as many blocks as of the first class": ("pieces.ptx", "selp.b32 t2, t0, t2, middle;", ""),
+    "middle: as many blocks as of the first class": (
+        "pieces.ptx",
+        "selp.b32 row_block, block1, block0, middle;",
+        "mov.u32 row_block, block0;",
+    ),
+    "middle: a quotient by the other class's pieces": (
+        "pieces.ptx",
+        "selp.b32 inverse, inverse1, inverse0, middle;",
+        "mov.u32 inverse, inverse0;",
+    ),
     "middle: short ones, too": ("pieces.ptx", "middle, t0, {{ SHORT[0][0] }};", "middle, t0, -1;"),
 }
 MISTAKES = {

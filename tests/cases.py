@@ -450,10 +450,10 @@ LARGE: tuple[Case, ...] = (
 )
 
 # Eight tiles in one piece, first as it takes the least time; several sequences, pages of two tiles, a causal boundary,
-# an odd tile and a part of one; and the same of pages that hold no whole tile, or parts of several.
+# an odd tile and a part of one, four boxes of V; and the same of pages that hold no whole tile, or parts of several.
 HARD: tuple[Case, ...] = (
     Case(heads=8, page=64, lens=(490,), num_kv_splits=1),
-    Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64)),
+    Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64), C=256),
     Case(heads=8, page=7, lens=(490, 63), num_kv_splits=1),
     Case(heads=8, page=48, lens=(63, 450), csr=True, num_kv_splits=1),
     Case(heads=40, page=64, lens=(65, 0, 900, 0, 300)),

@@ -342,8 +342,8 @@ def test_the_assemblers_message_comes_with_the_templates_line() -> None:
     ("variant", "file", "old", "new"),
     [
         (WIDE, "wide.ptx", ".reqntid {{ THREADS }}, 1, 1\n.minnctapersm 1\n", ".minnctapersm 1\n"),
-        (NARROW, "narrow_consumers.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if R %}",
-         "        {{ m.wgmma_commit() }}\n{% if R %}"),
+        (NARROW, "narrow_consumers.ptx", "        {{ m.wgmma_commit() }}\n        {{ m.wgmma_wait(0) }}\n{% if R and",
+         "        {{ m.wgmma_commit() }}\n{% if R and"),
     ],
     ids=["registers that cannot be moved", "an accumulator read too early"],
 )  # fmt: skip
@@ -372,6 +372,7 @@ def test_a_change_of_an_imported_template_is_another_key() -> None:
         "macros.ptx",
         "narrow.ptx",
         "narrow_consumers.ptx",
+        "narrow_end.ptx",
         "narrow_producer.ptx",
         "pieces.ptx",
         "queries.ptx",

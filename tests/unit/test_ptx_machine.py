@@ -252,6 +252,22 @@ def test_matrices_pass_through_shared_memory(tmp_path: Path) -> None:
     np.testing.assert_array_equal(out[96:128].view(np.uint16).reshape(8, 8), elements.T)
 
 
+@pytest.mark.parametrize(("how", "word"), [("or", 40), ("or", 99), ("and", 99), ("and", 3)])
+def test_a_barrier_says_whether_it_was_true_of_any_or_of_all(how: str, word: int, tmp_path: Path) -> None:
+    """Of 64 threads of 96, in two warps: of thread 40 alone, of none (or of all but 3)."""
+    true = f"setp.{'eq' if how == 'or' else 'ne'}.u32 p0, r0, {word};"
+    body = f"""
+    {true} setp.eq.u32 p1, warp, 2; @p1 bra A;
+    bar.red.{how}.pred p0, 1, 64, p0;
+    selp.b32 r1, 1, 0, p0; st.global.b32 [out], r1;
+A:
+    """
+    assemble(small(body, 96), tmp_path / "red.ptx")
+    out = run_small(body, 96)
+    np.testing.assert_array_equal(out[:64], (word < 64) if how == "or" else (word >= 64))
+    np.testing.assert_array_equal(out[64:96], 0)
+
+
 def test_the_last_cta_knows_it() -> None:
     text = (
         HEAD
@@ -336,6 +352,12 @@ MISTAKES: dict[str, tuple[type[pm.MachineError], str, int, str]] = {
         "threads",
         96,
         "setp.eq.u32 p0, warp, 0; @p0 bra A; bar.sync 1, 96; bra B; A: bar.sync 1, 64; B:",
+    ),
+    "barrier that asks and one that does not": (
+        pm.ProtocolError,
+        "of one kind here, not there",
+        64,
+        """setp.eq.u32 p0, warp, 0; @p0 bra A; bar.sync 1, 64; bra B; A: bar.red.or.pred p0, 1, 64, p0; B:""",
     ),
     "barrier with a count and without": (
         pm.ProtocolError,
