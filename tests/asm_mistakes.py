@@ -301,6 +301,7 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "{% if start and",
     ),
     "every portion the first": ("narrow_end.ptx", "(loop.index0, 128 * start)", "(loop.index0, 0)"),
+    "the rope's box as a part of O": ("narrow_end.ptx", "{% if start and C < 64 * (start + WIDE) %}", "{% if false %}"),
     "a sequence without tokens sees some": ("narrow_consumers.ptx", "        bra MASK;\n", "        bra CLEAR;\n"),
     "grown for one warp alone": (
         "narrow_consumers.ptx",

@@ -450,10 +450,10 @@ LARGE: tuple[Case, ...] = (
 )
 
 # Eight tiles in one piece, first as it takes the least time; several sequences, pages of two tiles, a causal boundary,
-# an odd tile and a part of one, four boxes of V; and the same of pages that hold no whole tile, or parts of several.
+# an odd tile and a part of one, three boxes of V; and the same of pages that hold no whole tile, or parts of several.
 HARD: tuple[Case, ...] = (
     Case(heads=8, page=64, lens=(490,), num_kv_splits=1),
-    Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64), C=256),
+    Case(heads=8, q_len=2, page=128, lens=(300, 130, 1, 64), C=192),
     Case(heads=8, page=7, lens=(490, 63), num_kv_splits=1),
     Case(heads=8, page=48, lens=(63, 450), csr=True, num_kv_splits=1),
     Case(heads=40, page=64, lens=(65, 0, 900, 0, 300)),
@@ -566,6 +566,8 @@ SMALL: tuple[Case, ...] = (
     Case(**{**SCALED, "kv_dtype": "fp8_e4m3fnuz"}, kv_3d=True, kv_view="odd", batch_invariant=True, lens=(130, 60, 0)),
     Case(**SCALED, heads=20, lens=(100, 1, 0, 3), q_len=2, causal=False),
     Case(heads=20, lens=(37, 150)),  # a short sequence, then a long one
+    # an odd number of boxes of V
+    Case(heads=12, C=192, R=64, lens=(130, 70)),
 )
 
 

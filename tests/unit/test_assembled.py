@@ -26,6 +26,7 @@ RUNS = {
     "wide, in parts": ("--part=3/24", "--page=16"),
     "wide, tiles of 32 in parts": ("--part=5/24", "--page=16", "block_n=32"),
     "wide, tiles of 32": ("--part=2/24", "block_n=32"),
+    "wide, even, tiles of 32": ("--cases=large", "--part=0/5", "block_n=32", "walk=false", "together=false"),
     "wide, bf16, pages of 192": ("--part=7/24", "--dtype=bf16", "--page=192", "lazy=false"),
     "narrow": ("--variant=decode_narrow_asm", "--part=4/24"),
     "narrow, gathered": ("--variant=decode_narrow_asm", "--part=3/24", "--page=7"),
