@@ -308,7 +308,11 @@ NARROW: dict[str, tuple[str, str, str]] = {
         "        {{ m.bar_any('grown', 'ours', 128) }}\n",
         "        {{ m.bar_sync('ours', 128) }}\n",
     ),
-    "nothing has grown since the first tile": ("narrow_consumers.ptx", "f0, 0f41000000, grown;", "f0, 0f7F800000, grown;"),
+    "nothing has grown since the first tile": (
+        "narrow_consumers.ptx",
+        "f0, 0f41000000, grown;",
+        "f0, 0f7F800000, grown;",
+    ),
     "a piece too long by a rounded quotient": ("macros.ptx", "        @more add.u32", "        // @more add.u32"),
     **PARTS,
     **TOGETHER,

@@ -498,10 +498,17 @@ class SharedMemory:
 
     # ------------------------------------------------------------------ named barriers (9.7.13.1)
     def bar_arrive(
-        self, w: int, number: int, threads: int, waiting: Any, counted: bool = True, said: tuple[str, bool] | None = None
+        self,
+        w: int,
+        number: int,
+        threads: int,
+        waiting: Any,
+        counted: bool = True,
+        said: tuple[str, bool] | None = None,
     ) -> bool:
         """One warp arrives; True when that completes the barrier and wakes those who wait. `counted`: it says of how
-        many threads; of all of a CTA it may not, but then nobody may: an H200 calls it an illegal instruction."""
+        many threads; of all of a CTA it may not, but then nobody may: an H200 calls it an illegal instruction. `said`:
+        by a bar.red, whether it was true of any lane, or of all."""
         if not 0 <= number < 16:
             raise ProtocolError(f"barrier {number}: there are 16")
         if threads % 32 or not 0 < threads <= 1024:
