@@ -11,6 +11,7 @@ _LAST = "        barrier.cluster.arrive.release.aligned;\n        barrier.cluste
 CHANGES: dict[str, dict[str, object]] = {
     "walk: ": {"walk": True, "together": False},
     "even: ": {"walk": False, "together": False, "multicast": False},
+    "even, tiles of 32: ": {"walk": False, "together": False, "multicast": False, "block_n": 32},
     "short: ": {"short": 256, "short_m": 8, "middle": 0},
     "middle: ": {"short": 256, "short_m": 8, "middle": 512},
     "multicast: ": {"multicast": True, "together": False},
@@ -235,8 +236,13 @@ WIDE: dict[str, tuple[str, str, str]] = {
     ),
     "even: results over V that others read": (
         "wide.ptx",
-        "{% if OVERLAPS %}\n        {{ m.bar_sync(3 + b, 128) }}",
-        "{% if OVERLAPS %}\n",
+        "SETS == 1 %}\n        {{ m.bar_sync(3 + b, 128) }}",
+        "SETS == 1 %}\n",
+    ),
+    "even, tiles of 32: results over V that the other reads": (
+        "wide.ptx",
+        "{% elif OVERLAPS %}\n        {{ m.bar_sync(5, 256) }}",
+        "{% elif OVERLAPS %}\n        {{ m.bar_sync(3 + b, 128) }}",
     ),
     **MULTICAST,
     **{f"walk: {name}": mistake for name, mistake in LOOP.items()},

@@ -115,7 +115,7 @@ RUNS = {
     ),
     "combine, many pieces at once": (
         "--splits=40",
-        "--part=2/24",
+        "--part=5/24",
         "combine_d=512",
         "combine_h=4",
         "combine_ahead=32",
