@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from mla_jit.cli import main
@@ -64,6 +65,11 @@ def _end(server: subprocess.Popen[str]) -> None:
     if server.poll() is None:
         os.killpg(server.pid, signal.SIGKILL)  # with what it runs: the group has no other members
         server.wait()
+
+
+def parameters(session: pytest.Session, file: str) -> list[dict[str, Any]]:
+    """Of the tests of one file that this session runs: another file may call something else so."""
+    return [item.callspec.params for item in session.items if hasattr(item, "callspec") and item.path == Path(file)]
 
 
 def interpreted(program: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:

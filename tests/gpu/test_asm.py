@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cases
+import helpers
 import pytest
 import torch
 import triton
@@ -114,7 +115,7 @@ def forgotten() -> Iterator[None]:
 def built(request: pytest.FixtureRequest) -> dict[tuple[str, cases.Case], cases.Call]:
     """The chosen cases' tensors, with their kernels in the cache."""
     here = target.of_device("cuda", 0)
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = helpers.parameters(request.session, __file__)
     chosen = [each["which"] for each in parameters if "which" in each]
     calls, jobs = {}, []
     for name, case in chosen:

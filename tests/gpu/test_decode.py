@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cases
+import helpers
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ _figures: dict[str, list[tuple[cases.Figures, str]]] = {}
 def built(request: pytest.FixtureRequest) -> Iterator[dict[cases.Case, cases.Call]]:
     """The chosen cases' tensors, with their kernels in the cache; afterwards the worst figures are printed."""
     started = time.perf_counter()
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = helpers.parameters(request.session, __file__)
     calls = {p["case"]: cases.build(p["case"], DEVICE) for p in parameters if "case" in p}
     problems = [decode_inputs(call.q, call.kv_cache, **call.kwargs).problem for call in calls.values()]
     jobs = []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cases
+import helpers
 import pytest
 import torch
 
@@ -37,7 +38,7 @@ CASES = tuple(
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest) -> dict[cases.Case, cases.Call]:
     """The chosen cases' tensors, with their kernels in the cache."""
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = helpers.parameters(request.session, __file__)
     calls = {p["listed"]: cases.build(p["listed"], DEVICE) for p in parameters if "listed" in p}
     here, jobs = target.of_device("cuda", 0), []
     for call in calls.values():

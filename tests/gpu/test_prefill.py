@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import helpers
 import prefill_cases as cases
 import pytest
 import torch
@@ -29,7 +30,7 @@ Result = tuple[torch.Tensor, torch.Tensor | None]
 @pytest.fixture(scope="module")
 def built(request: pytest.FixtureRequest) -> set[cases.Case]:
     """The chosen cases; their kernels are in the cache. Tensors are made by each test: together they are gigabytes."""
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = helpers.parameters(request.session, __file__)
     chosen = {p["prompt"] for p in parameters if "prompt" in p}
     there, problems = target.of_device("cuda", 0), []
     for case in chosen:
