@@ -76,6 +76,7 @@ def _narrow_layout(p: DecodeProblem, target: Target, config: Config, consumers: 
 
     Two tiles in the ring; as many boxes as there is room for where tiles are gathered, or two consumers have one each.
     At the end two consumers have their sums and maxima where maxima were, and what they exchange of O in the ring.
+    Of whole tiles narrow.ptx knows where each box is without counting (WHOLE there).
 
     On an H200 exactly two tiles are as fast as 25 boxes (2.8 tiles) or up to 5 % faster, 22 boxes and 14 are not; and
     the second kernel's programs find room beside these (1024 tokens, 128 heads: 7.65 us, then 7.16).
