@@ -195,6 +195,12 @@ WIDE: dict[str, tuple[str, str, str]] = {
         "add.s32 t0, t0, token{{ r }};\n        add.s32 t0, t0, 1;",
         "add.s32 t0, t0, token{{ r }};",
     ),
+    "S of the other tile is never let begin": ("wide.ptx", "    @p {{ m.bar_arrive(6, 256) | trim }} ", "    //"),
+    "S of the last pair is not let begin": (
+        "wide.ptx",
+        "setp.ge.s32 p, count, 2;\n    @p {{",
+        "setp.ge.s32 p, count, 3;\n    @p {{",
+    ),
     "V is not zeroed": ("wide.ptx", "{0, 0, 0, 0};", "{0x7fc07fc0, 0, 0, 0};"),
     "no fence after P": ("wide.ptx", _FENCED + _PUBLISH, _PUBLISH),
     "no wait for P": ("wide.ptx", "    {{ m.bar_sync(1 + b, 256) }}\n", ""),

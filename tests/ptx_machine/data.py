@@ -1020,6 +1020,19 @@ class BarrierWait:
         )
 
 
+class LanesWait:
+    """At a bar.warp.sync for lanes that are elsewhere; who comes last takes all on."""
+
+    def __init__(self, mask: int) -> None:
+        self.mask = mask
+
+    def ready(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"waits at bar.warp.sync for lanes {self.mask:#010x}"
+
+
 @decodes("bar", "barrier")
 def _bar(d: Decoder) -> Run:
     if d.base == "bar" and d.take("warp"):
@@ -1027,8 +1040,17 @@ def _bar(d: Decoder) -> Run:
         d.finish(1)
         members = d.source(d.operands[0], "b32")
 
-        def warp_sync(w: Any, m: int) -> None:
-            member_mask(w, members, m, "bar.warp.sync")
+        def warp_sync(w: Any, m: int) -> int | None:
+            fragment, mask = w.fragment, int(w.rows[members][only(m)])
+            for other in w.fragments:  # who waits for these here goes on with them
+                if other is not fragment and other.pc == fragment.pc and isinstance(other.blocked, LanesWait):
+                    fragment.mask |= other.mask
+                    other.mask = 0
+            if mask & w.live & ~fragment.mask:
+                fragment.blocked = LanesWait(mask & ~fragment.mask)
+                return BLOCKED
+            member_mask(w, members, fragment.mask, "bar.warp.sync")
+            return None
 
         return warp_sync
     if d.base == "barrier" and d.take("cluster"):

@@ -435,6 +435,22 @@ def test_mistake(name: str) -> None:
         assert caught.value.text
 
 
+ALONE = f"elect.sync _|p2, -1; @!p2 bra MET; {WAIT0} MET: bar.warp.sync -1;"
+
+
+def test_lanes_wait_for_one_that_waits_elsewhere() -> None:
+    """An elected lane waits for another warp at an mbarrier, the others for it; then they go on as one."""
+    body = f"""{INIT} setp.ne.u32 p1, warp, 0; @p1 bra OTHER;
+    {ALONE} bar.warp.sync -1; shfl.sync.idx.b32 r3, lane, 5, 31, -1; bra END;
+    OTHER: setp.eq.u32 p3, lane, 0; @p3 mbarrier.arrive.shared::cta.b64 _, [smem]; mov.b32 r3, 9;
+    END: st.global.b32 [out], r3;"""
+    for seed in range(6):
+        out = run_small(body, 64, seed=seed)
+        np.testing.assert_array_equal(out[:64], np.repeat([5, 9], 32))
+    with pytest.raises(pm.Deadlock, match=r"waits at bar\.warp\.sync for lanes 0x00000001"):
+        run_small(INIT + ALONE, 32)
+
+
 def test_ordered_accesses_are_no_race() -> None:
     body = """
     setp.eq.u32 p0, warp, 0; shl.b32 r1, lane, 2; mov.u32 r2, smem; add.u32 r1, r1, r2;

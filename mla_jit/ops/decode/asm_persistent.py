@@ -107,7 +107,7 @@ SPACE: dict[str, tuple[int | str | bool, ...]] = {
 }  # fmt: skip
 
 DECODE_PERSISTENT_ASM = Variant(
-    name=NAME, op="decode", backend="asm", revision=4, rejects=rejects, default=default, sources=sources,
+    name=NAME, op="decode", backend="asm", revision=5, rejects=rejects, default=default, sources=sources,
     launches=launches, workspace_bytes=workspace_bytes, cost=cost, numbers=numbers, offsets=workspace_offsets,
     prepare=prepare, lists=lists, space=SPACE,
 )  # fmt: skip

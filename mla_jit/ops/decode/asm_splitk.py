@@ -415,7 +415,7 @@ def _variant(template: Template, revision: int, measured_only: bool = False) -> 
     )  # fmt: skip
 
 
-DECODE_SPLITK_ASM = _variant(WIDE, 8)
+DECODE_SPLITK_ASM = _variant(WIDE, 9)
 DECODE_NARROW_ASM = _variant(NARROW, 8)
 DECODE_NARROW_PAIR_ASM = _variant(NARROW_PAIR, 7, measured_only=True)
-DECODE_MIXED_ASM = _variant(MIXED, 6, measured_only=True)
+DECODE_MIXED_ASM = _variant(MIXED, 7, measured_only=True)
