@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import operator
 import os
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from mla_jit.errors import LaunchError
 from mla_jit.launch.base import Arg, Binding, Launch, Packed
 
 _DYNAMIC_SMEM = 48 * 1024  # above this a function must ask for more
+_WAIT = struct.Struct("3I")  # in vain: program + 1, thread, the barrier's offset in shared memory
+_WAITS = 16 * _WAIT.size  # that a kernel tells, at most
 _MAPS_KEPT = 1024  # tensor maps a bound call keeps; a serving process has one a layer
 
 
@@ -175,12 +178,12 @@ class CudaRuntime:
 
     def __init__(self) -> None:
         self._functions: dict[tuple[str, int], Any] = {}
-        self._modules: dict[tuple[str, int], Any] = {}
+        self._records: dict[tuple[str, int], int] = {}
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._functions, self._modules, self._lock = {}, {}, threading.Lock()
+        self._functions, self._records, self._lock = {}, {}, threading.Lock()
 
     def load(self, artifact: Artifact, device: int) -> Any:
         """The kernel of an artifact as a CUfunction of `device`."""
@@ -196,7 +199,8 @@ class CudaRuntime:
         with torch.cuda.device(device):
             torch.cuda.current_stream()  # torch creates the primary context
             module = _check(driver.cuModuleLoadData(artifact.binary), f"load of {artifact.name} ({artifact.isa})")
-            self._modules[artifact.key, device] = module
+            if artifact.extra.get("barriers"):
+                self._watch(artifact, device, module)
             function = _check(
                 driver.cuModuleGetFunction(module, artifact.entry.encode()), f"lookup of {artifact.entry}"
             )
@@ -208,23 +212,33 @@ class CudaRuntime:
                 )
         return function
 
-    def hung(self, artifact: Artifact, device: int, stream: int) -> None:
-        """LaunchError if a thread of a kernel with bounded waits has given up; waits for the stream."""
+    def _watch(self, artifact: Artifact, device: int, module: Any) -> None:
+        """Gives a kernel with bounded waits the host's memory in which it says for which barrier it waits in vain."""
         from cuda.bindings import driver
 
-        _check(driver.cuStreamSynchronize(driver.CUstream(stream)), f"run of {artifact.name}")
-        place, size = _check(
-            driver.cuModuleGetGlobal(self._modules[artifact.key, device], b"hung"), f"record of {artifact.name}"
-        )
-        record = (ctypes.c_uint32 * 3)()
-        _check(driver.cuMemcpyDtoH(ctypes.addressof(record), place, size), f"record of {artifact.name}")
-        if record[0]:
-            _check(driver.cuMemsetD32(place, 0, 3), f"record of {artifact.name}")
-            which = artifact.extra["barriers"].get(str(record[2]), f"at {record[2]}")
+        kept = driver.CU_MEMHOSTALLOC_PORTABLE | driver.CU_MEMHOSTALLOC_DEVICEMAP
+        host = int(_check(driver.cuMemHostAlloc(_WAITS, kept), f"record of {artifact.name}"))
+        ctypes.memset(host, 0, _WAITS)
+        place, _ = _check(driver.cuModuleGetGlobal(module, b"hung"), f"record of {artifact.name}")
+        told = ctypes.c_uint64(host)
+        _check(driver.cuMemcpyHtoD(place, ctypes.addressof(told), 8), f"record of {artifact.name}")
+        self._records[artifact.key, device] = host
+
+    def hung(self, artifact: Artifact, device: int, stream: int) -> None:
+        """Waits for the stream; LaunchError if a kernel with bounded waits was stopped, which names the barrier."""
+        from cuda.bindings import driver
+
+        result = driver.cuStreamSynchronize(driver.CUstream(stream))
+        told = _WAIT.iter_unpack(ctypes.string_at(self._records[artifact.key, device], _WAITS))
+        if waits := [wait for wait in told if wait[0]]:
+            named = artifact.extra["barriers"]
+            each = {f"thread {thread} for {named.get(str(at), f'at {at}')!r}" for _, thread, at in waits}
             raise LaunchError(
-                f"{artifact.name}: thread {record[1]} of program {record[0] - 1} waited in vain for the barrier "
-                f"{which!r}; its output is not complete. This is a fault of the kernel: please report the problem"
+                f"{artifact.name}: program {waits[0][0] - 1} waited in vain at its barriers and was stopped: "
+                f"{', '.join(sorted(each))}. CUDA serves this process no more. This is a fault of the kernel: please "
+                "report the problem"
             )
+        _check(result, f"run of {artifact.name}")
 
     def has(self, artifact: Artifact, device: int) -> bool:
         """Whether the artifact is loaded on the device already."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,33 +12,28 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from gpu.forced import (
+    AHEAD,
+    BF16,
+    CHANGES,
+    DEVICE,
+    MIXED,
+    SHARED,
+    VARIANTS,
+    WALK,
+    configured,
+    decode,
+    heads_of,
+    install,
+)  # fmt: skip
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 import mla_jit
-from mla_jit import ahead, ops, plan, settings, target
-from mla_jit.config import Config
+from mla_jit import ahead, settings, target
 from mla_jit.ops.decode.inputs import decode_inputs
 from mla_jit.problem import DecodeProblem
-from mla_jit.target import Target
 
 pytestmark = pytest.mark.gpu
-DEVICE = "cuda"
-VARIANTS = {v.name: v for v in ops.variants("decode") if v.backend == "asm"}
-WALK = "walk"  # decode_splitk_asm with programs that walk a batch of uneven lengths
-VARIANTS[WALK] = VARIANTS["decode_splitk_asm"]
-AHEAD = "decode_splitk_asm, combine_ahead"  # for many pieces
-VARIANTS[AHEAD] = VARIANTS["decode_splitk_asm"]
-SHARED = {f"{name}, multicast": name for name in ("decode_splitk_asm", WALK, "decode_persistent_asm")}
-VARIANTS |= {name: VARIANTS[like] for name, like in SHARED.items()}
-CHANGES: dict[str, dict[str, Any]] = {
-    WALK: {"walk": True, "together": False, "block_n": 64},
-    AHEAD: {"combine_ahead": 32, "combine_h": 4, "combine_d": 512, "walk": False, "together": False, "min_tiles": 1},
-}
-CHANGES["decode_splitk_asm, multicast"] = {"multicast": True, "walk": False, "together": False, "block_n": 64}
-CHANGES[f"{WALK}, multicast"] = CHANGES[WALK] | {"multicast": True}
-CHANGES["decode_persistent_asm, multicast"] = {"multicast": True}
-BF16 = cases.PLAIN
-MIXED = "decode_mixed_asm"
 MINICPM3 = cases.Case(heads=40, lens=(4096,), lse=False, **{**BF16, "C": 256, "R": 32})
 
 # Up to four sequences, cut alike: about as long as what is short for the default, and features that meet there. Their
@@ -85,25 +79,6 @@ def accepted(name: str) -> list[cases.Case]:
 CASES = [(name, case) for name in VARIANTS for case in accepted(name)]
 
 
-def install(problem: DecodeProblem, name: str, **changes: Any) -> Config | None:
-    """From now on calls like this one have this variant's default with the changes; None where it refuses."""
-    here, variant = target.of_device("cuda", 0), VARIANTS[name]
-    config = configured(problem, here, name).replace(**changes)
-    only = problem.batch_invariant and config != plan.analytic(problem, here).config
-    if only or variant.rejects(problem, here, config) is not None:
-        return None
-    exported = json.loads(plan.export([problem], here))
-    exported["choices"][0]["config"] = config.to_json()
-    mla_jit.reload()
-    assert plan.load(json.dumps(exported).encode(), here) == 1
-    return config
-
-
-def configured(problem: DecodeProblem, here: Target, name: str) -> Config:
-    default = VARIANTS[name].default(problem, here)
-    return default.replace(**{tunable: value for tunable, value in CHANGES.get(name, {}).items() if tunable in default})
-
-
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Choices that a test has installed are forgotten."""
@@ -128,11 +103,6 @@ def built(request: pytest.FixtureRequest) -> dict[tuple[str, cases.Case], cases.
     return calls
 
 
-def decode(call: cases.Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    result = mla_jit.decode(call.q, call.kv_cache, **call.kwargs)
-    return result if call.case.lse else (result, None)
-
-
 @pytest.mark.parametrize("which", CASES, ids=lambda w: f"{w[0]}-{w[1].id}")
 def test_case(which: tuple[str, cases.Case], built: dict[tuple[str, cases.Case], cases.Call]) -> None:
     call = built.pop(which)
@@ -155,7 +125,7 @@ def test_case(which: tuple[str, cases.Case], built: dict[tuple[str, cases.Case],
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("page", [64, 1])
 def test_a_graph_replayed_with_changed_lengths(name: str, page: int) -> None:
-    heads = 64 if name == MIXED else 128 if name in SHARED else 16
+    heads = heads_of(name)
     long = cases.Case(heads=heads, lens=(5000, 3000, 700, 64), **{**BF16, "page": page})
     call = cases.build(long, DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
@@ -233,9 +203,7 @@ def test_pieces_are_put_together_by_pairs(name: str, case: cases.Case) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_bounded_waits_end_well(name: str) -> None:
     """The debug build gives the same bits, and no wait of it is in vain."""
-    call = cases.build(
-        cases.Case(heads=64 if name == MIXED else 128 if name in SHARED else 16, lens=(5000, 64, 1), **BF16), DEVICE
-    )
+    call = cases.build(cases.Case(heads=heads_of(name), lens=(5000, 64, 1), **BF16), DEVICE)
     problem = decode_inputs(call.q, call.kv_cache, **call.kwargs).problem
     assert install(problem, name) is not None
     plain, _ = decode(call)
@@ -264,7 +232,7 @@ def _written_late(to, values, COUNT: tl.constexpr):
 def test_a_call_reads_what_came_right_before_it(name: str, before: str, captured: bool) -> None:
     """A launch may begin before what comes before it has ended. Each call's q is the result of the one before; right
     before some of them the cache and the lengths are written, too. The same bits as with everybody waited for."""
-    steps, heads = 24, 64 if name == MIXED else 128 if name in SHARED else 16
+    steps, heads = 24, heads_of(name)
     generator = torch.Generator(DEVICE).manual_seed(5)
     cache = torch.randn(64, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)
     fresh = torch.randn(steps, 64, 576, generator=generator, device=DEVICE, dtype=torch.bfloat16)

@@ -289,23 +289,19 @@ def _asks(p: DecodeProblem, config: Config) -> bool:
 
 
 def _together(p: DecodeProblem, config: Config) -> bool:
-    """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together.
-
-    Not with bounded waits: a program that gave one up would leave its partner without the memory that it reads.
-    """
-    free = not p.batch_invariant and not settings.current().bounded_waits
-    return bool(config["together"]) and free and splitk.num_splits(p, config) == _CLUSTER
+    """Whether the tunable `together` has an effect: two pieces, which a cluster of two programs can put together."""
+    return bool(config["together"]) and not p.batch_invariant and splitk.num_splits(p, config) == _CLUSTER
 
 
 def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
     """Whether the tunable `multicast` has an effect: programs of two blocks of rows are a cluster, and each copies half
-    of each tile to both. In each sequence both have rows, or neither; not with bounded waits, as for `together`.
+    of each tile to both. In each sequence both have rows, or neither.
 
     Nor in parts of so few boxes that a lane has none after it has waited for the second half of a buffer: nothing would
     keep that from being filled and freed again meanwhile, with the parity that the lane waits to see the end of."""
     pairs = -(-max(p.rows, 1) // BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * BOX) == 0)
     pairs &= copied_tokens(p, config) == config.int("block_n") or boxes_of(p) > 2 or p.rope_dim > 0
-    free = not gathers(p, config) and not settings.current().bounded_waits
+    free = not gathers(p, config)
     return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
 
 
