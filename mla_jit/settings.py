@@ -50,7 +50,7 @@ class Settings:
     shipped_db: whether the tuning rows shipped with the package are looked at; after `mla_jit.reload()` if changed.
     backends: the only backends whose kernels may serve ("asm", "triton", "cpu"), all if empty; after
         `mla_jit.reload()` if changed. To tell which backend something depends on.
-    bounded_waits: assembled kernels that hang are stopped, and the error names the barrier (slower; to debug).
+    bounded_waits: assembled kernels that hang are stopped, and an eager call's error names the barriers (slower).
     """
 
     cache_dir: Path | None = None

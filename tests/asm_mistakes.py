@@ -1,5 +1,37 @@
 """Mistakes in the PTX templates that the emulated cases must notice: by name (file, what stands there, instead)."""
 
+import contextlib
+import json
+from collections.abc import Iterator
+
+from mla_jit.compile import render
+
+
+class Stale(Exception):
+    """The template no longer has the text that a mistake replaces."""
+
+
+@contextlib.contextmanager
+def planted(file: str, old: str, new: str) -> Iterator[None]:
+    """Another text in every template that is read meanwhile and has the file."""
+    true = render.closure
+
+    def closure(isa: str, template: str) -> str:
+        files = json.loads(true(isa, template))
+        for entry in files:
+            if entry[0] == file:
+                if old not in entry[1]:
+                    raise Stale(f"{file} has no {old!r}")
+                entry[1] = entry[1].replace(old, new)
+        return json.dumps(files)
+
+    render.closure = closure  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        render.closure = true
+
+
 _FENCED = "{{ m.fence_async() }}\n"
 _PUBLISH = "    {{ m.bar_arrive(1 + b, 256) }}"
 _P_THERE = "        {{ m.bar_sync('ours', 128) }}                  // P is there"

@@ -14,19 +14,18 @@ The exit status is the number of failures (at most 100).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cases
 import ptx_machine
 import torch
-from asm_mistakes import CHANGES, MISTAKES, ORDERS, PAGES, PIECES
+from asm_mistakes import CHANGES, MISTAKES, ORDERS, PAGES, PIECES, Stale, planted
 from interpreted_main import RED, interpretable, of_variant, outputs, run_each, say
 
 from mla_jit import ops
@@ -39,32 +38,6 @@ from mla_jit.launch.base import Binding, Launch
 from mla_jit.ops.decode.inputs import DecodeInputs, decode_inputs
 from mla_jit.ops.variant import Variant
 from mla_jit.target import Target, by_name
-
-
-class Stale(Exception):
-    """The template no longer has the text that a mistake replaces."""
-
-
-@contextlib.contextmanager
-def planted(variant: str, name: str) -> Iterator[None]:
-    """One of asm_mistakes.py in every template that is read meanwhile."""
-    file, old, new = MISTAKES[variant][name]
-    true = render.closure
-
-    def closure(isa: str, template: str) -> str:
-        files = json.loads(true(isa, template))
-        for entry in files:
-            if entry[0] == file:
-                if old not in entry[1]:
-                    raise Stale(f"{file} has no {old!r}")
-                entry[1] = entry[1].replace(old, new)
-        return json.dumps(files)
-
-    render.closure = closure  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        render.closure = true
 
 
 def fitting(case: cases.Case, page: int, splits: int, heads: int) -> cases.Case:
@@ -205,7 +178,7 @@ def alive(variant: Variant, target: Target, seed: int, mistakes: Sequence[str]) 
             if changes.get("multicast"):
                 hard = fitting(hard, 64, 0, 128)
             try:
-                with planted(variant.name, mistake):
+                with planted(*MISTAKES[variant.name][mistake]):
                     judged(of_variant(interpretable(hard, "fp16"), variant), variant, target, changes, order)
             except (AssertionError, ptx_machine.MachineError) as error:
                 killed = f"{type(error).__name__}: {error}"

@@ -20,7 +20,8 @@ from mla_jit.launch.base import Arg, Binding, Launch, Packed
 
 _DYNAMIC_SMEM = 48 * 1024  # above this a function must ask for more
 _WAIT = struct.Struct("3I")  # in vain: program + 1, thread, the barrier's offset in shared memory
-_WAITS = 16 * _WAIT.size  # that a kernel tells, at most
+WAITS_TOLD = 16  # by a kernel, at most: macros.ptx says the same
+_WAITS = WAITS_TOLD * _WAIT.size
 _MAPS_KEPT = 1024  # tensor maps a bound call keeps; a serving process has one a layer
 
 
@@ -235,8 +236,8 @@ class CudaRuntime:
             each = {f"thread {thread} for {named.get(str(at), f'at {at}')!r}" for _, thread, at in waits}
             raise LaunchError(
                 f"{artifact.name}: program {waits[0][0] - 1} waited in vain at its barriers and was stopped: "
-                f"{', '.join(sorted(each))}. CUDA serves this process no more. This is a fault of the kernel: please "
-                "report the problem"
+                f"{', '.join(sorted(each))}. CUDA serves this process no more: restart it, with "
+                "MLA_JIT_BACKENDS=triton if it must serve meanwhile. It is a fault of the kernel: please report it"
             )
         _check(result, f"run of {artifact.name}")
 

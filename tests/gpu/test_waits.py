@@ -5,17 +5,16 @@ Each in a process of its own, which CUDA serves no more after that.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 
 import cases
 import pytest
+from asm_mistakes import planted
 from gpu.forced import AHEAD, BF16, DEVICE, SHARED, VARIANTS, WALK, decode, heads_of, install
 
 from mla_jit import settings
-from mla_jit.compile import render
 from mla_jit.ops.decode.inputs import decode_inputs
 
 pytestmark = pytest.mark.gpu
@@ -40,15 +39,7 @@ def plant(name: str, fault: str) -> None:
     """In the child: a call of a variant with the fault."""
     file, right, wrong, page, _ = FAULTS[fault]
     call = cases.build(cases.Case(heads=heads_of(name), lens=(40000, 64, 1), **{**BF16, "page": page}), DEVICE)
-    sound = render.closure
-
-    def faulty(isa: str, template: str) -> str:
-        files = json.loads(sound(isa, template))
-        assert template == "combine.ptx" or dict(files)[file].count(right) == 1
-        return json.dumps([[each, text.replace(right, wrong) if each == file else text] for each, text in files])
-
-    render.closure = faulty  # type: ignore[assignment]
-    with settings.scope(bounded_waits=True):
+    with settings.scope(bounded_waits=True), planted(file, right, wrong):
         assert install(decode_inputs(call.q, call.kv_cache, **call.kwargs).problem, name) is not None
         decode(call)
 

@@ -21,6 +21,7 @@ from mla_jit.compile import ptx, render
 from mla_jit.compile.artifact import Artifact, Source
 from mla_jit.config import Config
 from mla_jit.errors import CompileError, IllegalArtifact
+from mla_jit.launch import cuda
 from mla_jit.launch.base import Binding, Packed, TensorView
 from mla_jit.ops.decode import asm_persistent, asm_splitk
 from mla_jit.ops.variant import Variant
@@ -282,6 +283,12 @@ def test_the_combine_is_as_committed(request: pytest.FixtureRequest) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_a_kernel_tells_as_many_waits_in_vain_as_the_host_has_room_for() -> None:
+    with settings.scope(bounded_waits=True):
+        text = render.render(source_of()).text
+    assert f"setp.ge.u32 over, since, {cuda.WAITS_TOLD};" in text
 
 
 def test_a_name_that_is_not_filled_in_is_said_with_its_line() -> None:

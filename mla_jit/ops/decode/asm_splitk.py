@@ -301,8 +301,8 @@ def _shares_tiles(p: DecodeProblem, config: Config) -> bool:
     keep that from being filled and freed again meanwhile, with the parity that the lane waits to see the end of."""
     pairs = -(-max(p.rows, 1) // BOX) % 2 == 0 and (not p.ragged or p.gqa_ratio % (2 * BOX) == 0)
     pairs &= copied_tokens(p, config) == config.int("block_n") or boxes_of(p) > 2 or p.rope_dim > 0
-    free = not gathers(p, config)
-    return bool(config.get("multicast")) and pairs and free and not ("together" in config and _together(p, config))
+    free = not gathers(p, config) and not ("together" in config and _together(p, config))
+    return bool(config.get("multicast")) and pairs and free
 
 
 def _always_together(p: DecodeProblem, config: Config) -> bool:
